@@ -1,0 +1,50 @@
+"""The target encoder: an exponential moving average of the context encoder (paper, section 3.1).
+
+    target <- m * target + (1 - m) * online
+
+A weight's share in the target halves every ln(1/2) / ln(m) steps: 173 steps at m = 0.996, 693 at
+0.999. Too low a momentum lets the target follow the predictor into collapse; too high and a short
+run learns from what is still nearly its random start. `python ema.py` draws the schedules.
+"""
+
+import math
+
+import torch
+
+
+def momentum_at(step, total_steps, start=0.996, end=1.0, schedule="cosine"):
+    """Momentum m of the update after optimizer step `step` = 0, 1, ..., total_steps.
+
+    cosine:   end - (end - start) (1 + cos(pi step / total_steps)) / 2
+    linear:   start + (end - start) step / total_steps   (the published release)
+    constant: start
+    Raises ValueError for another schedule.
+    """
+    progress = min(step / total_steps, 1.0)
+    if schedule == "cosine":
+        return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "linear":
+        return start + (end - start) * progress
+    if schedule == "constant":
+        return start
+    raise ValueError(f"momentum schedule '{schedule}' is none of cosine, linear, constant")
+
+
+def half_life(momentum):
+    """Steps after which a weight counts half in the average: ln(1/2) / ln(momentum)."""
+    return math.inf if momentum >= 1 else math.log(0.5) / math.log(momentum)
+
+
+@torch.no_grad()
+def update(target, online, momentum):
+    """target <- momentum * target + (1 - momentum) * online, in place, in one fused call.
+
+    target, online: modules of the same architecture. Parameters and floating buffers are averaged;
+    integer buffers (counters) are copied.
+    """
+    pairs = list(zip(target.state_dict().values(), online.state_dict().values(), strict=True))
+    averaged = [(t, o) for t, o in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in averaged], [o for _, o in averaged], 1 - momentum)
+    for t, o in pairs:
+        if not t.is_floating_point():
+            t.copy_(o)

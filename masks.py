@@ -1,0 +1,120 @@
+"""Which tokens are context and which are targets (paper, section 3.2).
+
+Multi-block masking: a few rectangles, drawn on one frame and carried through all time steps, are
+hidden. Their union holds the targets, the rest is context. Short-range masks are 8 blocks of 15 % of
+the frame each, long-range masks 2 blocks of 70 %. Because a block spans all time, nothing can be
+copied from the frame before or after: what happens there must be understood.
+
+    sampler = MultiBlockMask((8, 14, 14), num_blocks=8, spatial_scale=0.15)
+    context, targets = sampler.sample(sample_ids=[0, 1, 2], seed=0)   # (3, 313), (3, 784) indices
+
+Token index = ((t * H') + row) * W' + column. `python masks.py` draws masks and counts them.
+"""
+
+import numpy as np
+import torch
+
+MAX_TRIES = 10_000
+
+
+class MultiBlockMask:
+    """Samples one mask set: blocks that span all time; context and targets of a fixed size.
+
+    grid: (T', H', W') tokens; num_blocks: blocks a clip; spatial_scale: a block's area as a share of
+    the frame; aspect_ratio: lowest and highest height / width of a block, drawn once a clip;
+    context_ratio, target_ratio: the share of all tokens kept as context and as targets.
+
+    Blocks are drawn until enough tokens are visible and enough are masked; then exactly
+    floor(ratio * N) of each are kept, at random. So shapes never change, a clip's mask does not
+    depend on the batch it is in, and no time step is favoured.
+
+    truncate="batch" samples as the published release does instead, to compare: one block size a
+    batch, and every clip's lists are cut to the batch's shortest, keeping the first in token order,
+    which is time order. So the last time steps are hardly ever context, and the task gets harder as
+    the batch grows.
+
+    Raises ValueError where the blocks cannot leave enough context or cannot cover enough targets.
+    """
+
+    def __init__(self, grid, num_blocks=8, spatial_scale=0.15, aspect_ratio=(0.75, 1.5),
+                 context_ratio=0.20, target_ratio=0.50, truncate=None):
+        if truncate not in (None, "batch"):
+            raise ValueError(f"truncate is '{truncate}', not None or 'batch'")
+        self.grid, self.num_blocks, self.spatial_scale = tuple(grid), num_blocks, spatial_scale
+        self.aspect_ratio, self.truncate = tuple(aspect_ratio), truncate
+        num_tokens = int(np.prod(self.grid))
+        # The tiny amount keeps 0.7 * 10 = 6.999... from being floored to 6.
+        self.num_context = int(context_ratio * num_tokens + 1e-9)
+        self.num_targets = int(target_ratio * num_tokens + 1e-9)
+        if self.num_context < 1 or self.num_targets < 1:
+            raise ValueError(
+                f"context_ratio {context_ratio:g} and target_ratio {target_ratio:g} of {num_tokens} "
+                f"tokens keep {self.num_context} and {self.num_targets} tokens; both need at least 1")
+        rng = np.random.default_rng(0)
+        tries = [self.draw_frame(rng, self.draw_block_size(rng)) for _ in range(500)]
+        if sum(self.is_enough(visible) for visible in tries) < len(tries) // 100:
+            shares = [visible.mean() for visible in tries]
+            raise ValueError(
+                f"{num_blocks} blocks of {spatial_scale:g} of a {self.grid[1]}x{self.grid[2]} frame "
+                f"leave {min(shares):.0%} to {max(shares):.0%} of it visible, but context_ratio "
+                f"{context_ratio:g} and target_ratio {target_ratio:g} need {context_ratio:.0%} to "
+                f"{1 - target_ratio:.0%}: change num_blocks, spatial_scale or the ratios")
+
+    def draw_block_size(self, rng):
+        """Height and width of a block, in tokens, at least 1 and at most the frame's."""
+        _, H, W = self.grid
+        area, aspect = int(self.spatial_scale * H * W), rng.uniform(*self.aspect_ratio)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        return min(max(h, 1), H), min(max(w, 1), W)
+
+    def draw_frame(self, rng, block_size):
+        """One frame's mask: bool (H', W'), True where a token is visible."""
+        _, H, W = self.grid
+        h, w = block_size
+        visible = np.ones((H, W), dtype=bool)
+        rows = rng.integers(H - h + 1, size=self.num_blocks)
+        columns = rng.integers(W - w + 1, size=self.num_blocks)
+        for row, column in zip(rows, columns, strict=True):
+            visible[row:row + h, column:column + w] = False
+        return visible
+
+    def is_enough(self, visible):
+        """Whether a frame's mask leaves and covers as many tokens as are to be kept."""
+        T, H, W = self.grid
+        num_visible = T * int(visible.sum())
+        if self.truncate:
+            return 0 < num_visible < T * H * W
+        return self.num_context <= num_visible <= T * H * W - self.num_targets
+
+    def sample_one(self, sample_id, seed, block_size=None):
+        """One clip's context and target indices, int64, sorted."""
+        rng = np.random.default_rng([seed, sample_id])
+        for _ in range(MAX_TRIES):
+            visible = self.draw_frame(rng, block_size or self.draw_block_size(rng))
+            if self.is_enough(visible):
+                break
+        else:
+            raise ValueError(f"no usable mask in {MAX_TRIES} tries: lower num_blocks "
+                             f"{self.num_blocks}, spatial_scale {self.spatial_scale:g} or the ratios")
+        visible = np.broadcast_to(visible, self.grid).ravel()  # (N,): every block spans all time
+        context, targets = np.flatnonzero(visible), np.flatnonzero(~visible)
+        if not self.truncate:
+            context = np.sort(rng.choice(context, self.num_context, replace=False, shuffle=False))
+            targets = np.sort(rng.choice(targets, self.num_targets, replace=False, shuffle=False))
+        return context, targets
+
+    def sample(self, sample_ids, seed):
+        """Masks for a batch; the same sample number and seed give the same mask in any batch.
+
+        sample_ids: B non-negative ints; seed: non-negative int
+        -> context (B, Kc), targets (B, Kt): int64 token indices, sorted.
+        """
+        sample_ids = [int(sample_id) for sample_id in sample_ids]
+        size = None
+        if self.truncate:
+            size = self.draw_block_size(np.random.default_rng([seed, sample_ids[0], 1]))
+        pairs = [self.sample_one(sample_id, seed, size) for sample_id in sample_ids]
+        # Lengths differ, and lists are cut, only with truncate.
+        context, targets = ([one[:min(map(len, lists))] for one in lists]
+                            for lists in zip(*pairs, strict=True))
+        return torch.from_numpy(np.stack(context)), torch.from_numpy(np.stack(targets))

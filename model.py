@@ -1,0 +1,350 @@
+"""The networks of V-JEPA: a tubelet ViT, a predictor with mask tokens, and VJEPA, which joins them.
+
+    clip --context encoder, visible tubelets only--> context features --predictor--> predictions
+                                                                                       | L1
+    clip --target encoder, all tubelets, no gradient--> features at the masked tubelets
+
+Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2024, sections 3.1-3.3.
+`python model.py` walks one clip through the shapes.
+"""
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Heads cannot be read off a weight's shape; these are the published widths and ViT-tiny to ViT-B.
+HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+def gather_tokens(tokens, indices):
+    """Pick tokens by index: (B, N, D), (B, K) int64 -> (B, K, D)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(dim, grid):
+    """Fixed 3-D sine-cosine positions.
+
+    A third of the channels each for time, row and column (ceil(dim / 6) * 2 wide, cut to dim in the
+    end); per axis the frequencies are 10000^(-i / (d / 2)), all sines, then all cosines.
+    dim: int; grid: (T', H', W') tokens per axis -> float32 (T' * H' * W', dim).
+    """
+    axis_dim = -(-dim // 6) * 2
+    frequencies = 10000.0 ** (-torch.arange(axis_dim // 2, dtype=torch.float64) / (axis_dim / 2))
+    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in axes]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return table[:, :dim].float()
+
+
+def init_weights(module, std):
+    """Truncated normal weights, zero biases, unit norms; std None means 1 / sqrt(fan-in).
+
+    0.02 suits D = 1024. At D = 100 it makes each layer's output so small against the positions that
+    content drowns, and training ends in features that know nothing but their position.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv3d)):
+            layer_std = std or layer.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(layer.weight, std=layer_std, a=-2 * layer_std, b=2 * layer_std)
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Clip -> one D-vector a tubelet.
+
+    A Conv3d whose stride is its kernel is one matrix product over cut-out tubelets. So written, only
+    the visible ones are projected, and bfloat16 is fast. The weight keeps Conv3d's layout.
+    """
+
+    def __init__(self, tubelet, in_chans, embed_dim):
+        super().__init__()
+        self.tubelet = tubelet
+        self.proj = nn.Conv3d(in_chans, embed_dim, tubelet, tubelet)
+
+    def forward(self, clips, indices=None):
+        B, C, T, H, W = clips.shape
+        t, p, _ = self.tubelet
+        x = clips.view(B, C, T // t, t, H // p, p, W // p, p)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C * t * p * p)
+        if indices is not None:
+            x = gather_tokens(x, indices)  # (B, K, C * t * p * p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N or K, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, num_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Tubelet ViT without a class token: the context encoder and the target encoder.
+
+    Raises ValueError where sizes do not divide: img_size by patch_size, num_frames by tubelet_size,
+    embed_dim by num_heads.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, num_frames=16, tubelet_size=2, in_chans=3,
+                 embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0, init_std=0.02):
+        super().__init__()
+        for name, size, by, part in [("img_size", img_size, "patch_size", patch_size),
+                                     ("num_frames", num_frames, "tubelet_size", tubelet_size),
+                                     ("embed_dim", embed_dim, "num_heads", num_heads)]:
+            if size % part:
+                raise ValueError(f"{name} {size} is not divisible by {by} {part}")
+        self.tubelet = (tubelet_size, patch_size, patch_size)
+        self.grid = (num_frames // tubelet_size, img_size // patch_size, img_size // patch_size)
+        self.num_heads = num_heads
+        self.patch_embed = PatchEmbed(self.tubelet, in_chans, embed_dim)
+        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid)[None])  # (1, N, D)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        init_weights(self, init_std)
+
+    def positions(self, grid):
+        """The position table for a grid (T', H', W'), resampled if it is not the one built for."""
+        if grid == self.grid:
+            return self.pos_embed
+        table = self.pos_embed.view(1, *self.grid, -1).permute(0, 4, 1, 2, 3)  # (1, D, T', H', W')
+        scale = tuple(new / old for new, old in zip(grid, self.grid, strict=True))
+        table = F.interpolate(table, scale_factor=scale, mode="trilinear")
+        return table.flatten(2).transpose(1, 2)  # (1, N, D)
+
+    def forward(self, clips, indices=None):
+        """Encode the tokens at `indices` only, or all of them.
+
+        clips: float (B, C, T, H, W), of any size that the tubelets divide; indices: int64 (B, K)
+        -> features (B, K, D), or (B, N, D) without indices. Raises ValueError for other sizes.
+        """
+        sizes = list(zip(clips.shape[2:], self.tubelet, strict=True))
+        if any(size % part for size, part in sizes):
+            raise ValueError(f"clips of {tuple(clips.shape[2:])} (frames, height, width) cannot be "
+                             f"cut into tubelets of {self.tubelet}")
+        grid = tuple(size // part for size, part in sizes)
+        x = self.patch_embed(clips, indices)  # (B, N or K, D)
+        positions = self.positions(grid)  # (1, N, D)
+        if indices is not None:
+            positions = gather_tokens(positions.expand(len(clips), -1, -1), indices)  # (B, K, D)
+        x = x + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Predictor(nn.Module):
+    """A narrow ViT that guesses the features at masked positions from the context's (section 3.2).
+
+    One learned mask token a mask set tells it what is asked; the position tells it where.
+    """
+
+    def __init__(self, grid, embed_dim=1024, predictor_dim=384, depth=12, num_heads=16,
+                 mlp_ratio=4.0, num_mask_sets=2, init_std=0.02):
+        super().__init__()
+        if predictor_dim % num_heads:
+            raise ValueError(f"predictor_dim {predictor_dim} is not divisible by num_heads {num_heads}")
+        self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
+        self.mask_tokens = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, 1, predictor_dim)) for _ in range(num_mask_sets))
+        self.register_buffer("predictor_pos_embed", sincos_positions(predictor_dim, grid)[None])
+        self.predictor_blocks = nn.ModuleList(
+            Block(predictor_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
+        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        init_weights(self, init_std)
+
+    def forward(self, context_features, context_indices, target_indices, mask_index):
+        """(B, Kc, D), (B, Kc), (B, Kt), which mask set -> predicted features (B, Kt, D)."""
+        B, Kc, _ = context_features.shape
+        positions = self.predictor_pos_embed.expand(B, -1, -1)
+        context = self.predictor_embed(context_features) + gather_tokens(positions, context_indices)
+        asked = self.mask_tokens[mask_index] + gather_tokens(positions, target_indices)
+        x = torch.cat([context, asked], dim=1)  # (B, Kc + Kt, predictor_dim)
+        for block in self.predictor_blocks:
+            x = block(x)
+        return self.predictor_proj(self.predictor_norm(x[:, Kc:]))  # (B, Kt, D)
+
+
+class VJEPA(nn.Module):
+    """Context encoder, predictor, target encoder and the loss that ties them (equation 1).
+
+    Only `encoder` and `predictor` have gradients; after each optimizer step the training loop moves
+    `target_encoder` with ema.update.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, num_frames=16, tubelet_size=2, in_chans=3,
+                 embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0, predictor_dim=384,
+                 predictor_depth=12, num_mask_sets=2, init_std=0.02):
+        super().__init__()
+        self.encoder = VisionTransformer(img_size, patch_size, num_frames, tubelet_size, in_chans,
+                                         embed_dim, depth, num_heads, mlp_ratio, init_std)
+        self.predictor = Predictor(self.encoder.grid, embed_dim, predictor_dim, predictor_depth,
+                                   num_heads, mlp_ratio, num_mask_sets, init_std)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def targets(self, clips):
+        """What is to be predicted: layer-normed target features of every token, (B, N, D)."""
+        with torch.no_grad():
+            features = self.target_encoder(clips)
+            return F.layer_norm(features, features.shape[-1:])
+
+    def predict(self, clips, context, target, mask_index):
+        """Features at `target` (B, Kt), predicted from the tokens at `context` (B, Kc): (B, Kt, D)."""
+        return self.predictor(self.encoder(clips, context), context, target, mask_index)
+
+    def forward(self, clips, masks):
+        """The training loss: L1 over masked positions and features, averaged over the mask sets.
+
+        clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64 -> scalar.
+        """
+        targets = self.targets(clips)  # (B, N, D)
+        losses = [F.l1_loss(self.predict(clips, context, target, i), gather_tokens(targets, target))
+                  for i, (context, target) in enumerate(masks)]
+        return torch.stack(losses).mean()
+
+    @classmethod
+    def from_checkpoint(cls, path, **overrides):
+        """All three networks from a checkpoint of this project, a run's folder or a published file.
+
+        overrides: img_size, num_frames, num_heads, where the file does not tell them.
+        Raises CheckpointError where the file is missing, damaged, or does not fit.
+        """
+        checkpoint = load_checkpoint(path)
+        predictor = state_dict(checkpoint, "predictor", path)
+        model = cls(**encoder_sizes(checkpoint, "encoder", path, **overrides),
+                    predictor_dim=predictor["predictor_embed.weight"].shape[0],
+                    predictor_depth=count_blocks(predictor),
+                    num_mask_sets=sum(key.startswith("mask_tokens.") for key in predictor))
+        load_networks(model, checkpoint, path)
+        return model
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged, or of other shapes; the message is one line."""
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict, on the CPU. path: a file, or a run's folder (its newest *.pt).
+
+    Nothing but tensors and plain containers is unpickled. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.pt"))
+        if not files:
+            raise CheckpointError(f"{path}: no checkpoint (*.pt) in this folder")
+        path = files[-1]
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of state dicts")
+    return checkpoint
+
+
+def state_dict(checkpoint, name, path):
+    """checkpoint[name] without the `module.` and `backbone.` that wrappers put before each key."""
+    if name not in checkpoint:
+        raise CheckpointError(f"{path}: has no '{name}', only {sorted(map(str, checkpoint))}")
+    return {key.removeprefix("module.").removeprefix("backbone."): value
+            for key, value in checkpoint[name].items()}
+
+
+def load_strictly(module, state, path):
+    """Load a state dict; a CheckpointError names keys that are missing, unexpected or reshaped."""
+    own = module.state_dict()
+    wrong = [f"missing {key}" for key in own.keys() - state.keys()]
+    wrong += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    wrong += [f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
+              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"{path}: does not fit the model: {'; '.join(sorted(wrong)[:4])}{more}")
+    module.load_state_dict(state)
+
+
+def load_networks(model, checkpoint, path):
+    """Load a checkpoint's three networks into a VJEPA, strictly."""
+    for name in ("encoder", "predictor", "target_encoder"):
+        load_strictly(getattr(model, name), state_dict(checkpoint, name, path), path)
+
+
+def count_blocks(state):
+    return 1 + max(int(key.split("blocks.")[1].split(".")[0]) for key in state if "blocks." in key)
+
+
+def encoder_sizes(checkpoint, which, path, **overrides):
+    """VisionTransformer's arguments, read off an encoder's shapes and its position table."""
+    state = state_dict(checkpoint, which, path)
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
+    D, C, t, p, _ = state["patch_embed.proj.weight"].shape
+    table, axis_dim = state["pos_embed"][0].numpy(), -(-D // 6) * 2
+    # A third of the channels is for time, row and column each: as many different rows as steps.
+    T, H, W = (len(np.unique(table[:, i * axis_dim:(i + 1) * axis_dim], axis=0)) for i in range(3))
+    sizes = {"patch_size": p, "tubelet_size": t, "in_chans": C, "embed_dim": D,
+             "depth": count_blocks(state),
+             "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}
+    if len(table) == T * H * W and H == W:
+        sizes |= {"img_size": H * p, "num_frames": T * t}
+    if num_heads := checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)):
+        sizes["num_heads"] = num_heads
+    sizes |= overrides
+    for name in ("img_size", "num_frames", "num_heads"):
+        if name not in sizes:
+            raise CheckpointError(f"{path}: the file does not tell {name}; pass {name}=...")
+    return sizes
+
+
+def load_encoder(path, which="target_encoder", **overrides):
+    """A frozen encoder in eval mode, for features: `features = load_encoder(path)(clips)`.
+
+    path: a checkpoint of this project, a run's folder, or a published .pth.tar; which:
+    "target_encoder" or "encoder"; overrides as in VJEPA.from_checkpoint. Raises CheckpointError.
+    """
+    checkpoint = load_checkpoint(path)
+    encoder = VisionTransformer(**encoder_sizes(checkpoint, which, path, **overrides))
+    load_strictly(encoder, state_dict(checkpoint, which, path), path)
+    return encoder.eval().requires_grad_(False)

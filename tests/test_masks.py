@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+
+from masks import MultiBlockMask
+
+SHORT = {"num_blocks": 8, "spatial_scale": 0.15, "context_ratio": 0.20, "target_ratio": 0.50}
+LONG = {"num_blocks": 2, "spatial_scale": 0.70, "context_ratio": 0.07, "target_ratio": 0.70}
+GRIDS = [(8, 14, 14), (8, 24, 24), (4, 5, 5), (1, 14, 14), (8, 7, 7), (3, 9, 5), (2, 6, 13), (5, 4, 4)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", [SHORT, LONG])
+def test_context_and_targets_are_disjoint_sorted_in_range_and_of_exact_size(grid, kind):
+    num_tokens = int(np.prod(grid))
+    context, targets = MultiBlockMask(grid, **kind).sample(range(40), seed=1)
+    assert context.shape == (40, int(kind["context_ratio"] * num_tokens + 1e-9))
+    assert targets.shape == (40, int(kind["target_ratio"] * num_tokens + 1e-9))
+    for one, other in zip(context, targets, strict=True):
+        assert not set(one.tolist()) & set(other.tolist())
+    for indices in (context, targets):
+        assert indices.dtype == torch.int64
+        assert (indices.diff(dim=1) > 0).all()
+        assert indices.min() >= 0 and indices.max() < num_tokens
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_block_spans_all_time(grid):
+    context, targets = MultiBlockMask(grid, **SHORT).sample(range(20), seed=3)
+    frame = grid[1] * grid[2]
+    for one, other in zip(context, targets, strict=True):
+        assert not set((one % frame).tolist()) & set((other % frame).tolist())
+
+
+def test_a_mask_depends_on_sample_number_and_seed_only():
+    sampler = MultiBlockMask((8, 14, 14), **LONG)
+    context, targets = sampler.sample([5, 6, 7], seed=2)
+    again, targets_again = sampler.sample([9, 7], seed=2)
+    assert torch.equal(context[2], again[1]) and torch.equal(targets[2], targets_again[1])
+    assert not torch.equal(context[0], context[1])
+    assert not torch.equal(context[0], sampler.sample([5], seed=3)[0][0])
+
+
+def counts_per_step(context, grid):
+    frame = grid[1] * grid[2]
+    return np.bincount(context.flatten().numpy() // frame, minlength=grid[0]) / len(context)
+
+
+def test_fixed_size_masks_favour_no_time_step_and_ignore_the_batch():
+    grid = (8, 14, 14)
+    for kind in (SHORT, LONG):
+        sampler = MultiBlockMask(grid, **kind)
+        context, _ = sampler.sample(range(600), seed=0)
+        counts = counts_per_step(context, grid)
+        assert np.abs(counts / counts.mean() - 1).max() < 0.03
+        assert sampler.sample([0], 0)[0].shape[1] == context.shape[1]
+
+
+# What was measured on the published sampler, 8x14x14 grid, as shares of all tokens.
+RELEASE = [({"num_blocks": 8, "spatial_scale": 0.15}, 0.375, 0.238, 0.471,
+            [73, 73, 73, 67, 48, 25, 9.5, 3.5]),
+           ({"num_blocks": 2, "spatial_scale": 0.70}, 0.193, 0.065, 0.704,
+            [37, 32, 18, 8.6, 3.6, 2.2, 1.8, 1.6])]
+
+
+@pytest.mark.parametrize("kind, alone, context_share, target_share, per_step", RELEASE)
+def test_batch_truncation_reproduces_the_release(kind, alone, context_share, target_share, per_step):
+    grid = (8, 14, 14)
+    sampler = MultiBlockMask(grid, **kind, truncate="batch")
+    single = [sampler.sample([i], 0)[0].shape[1] / 1568 for i in range(1000)]
+    assert abs(np.mean(single) - alone) < 0.012
+    batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=1) for i in range(150)]
+    assert abs(np.mean([c.shape[1] for c, _ in batches]) / 1568 - context_share) < 0.012
+    assert abs(np.mean([t.shape[1] for _, t in batches]) / 1568 - target_share) < 0.012
+    counts = np.mean([counts_per_step(c, grid) for c, _ in batches], axis=0)
+    assert np.abs(counts - per_step).max() < 6
+    assert counts[-1] < counts[0] / 10
+
+
+@pytest.mark.parametrize("grid, kind, number", [
+    ((8, 14, 14), {"num_blocks": 2, "spatial_scale": 1.0}, "spatial_scale"),
+    ((8, 14, 14), {"num_blocks": 500, "spatial_scale": 0.15}, "num_blocks"),
+    ((8, 1, 1), {}, "1x1 frame"),
+    ((8, 14, 14), {"context_ratio": 0.6, "target_ratio": 0.5}, "context_ratio"),
+    ((1, 2, 2), {"context_ratio": 0.07}, "at least 1"),
+    ((8, 14, 14), {"truncate": "batch", "spatial_scale": 1.0}, "spatial_scale"),
+    ((8, 14, 14), {"truncate": "clip"}, "truncate"),
+])
+def test_an_impossible_request_is_an_error_that_says_what_to_change(grid, kind, number):
+    with pytest.raises(ValueError, match=number):
+        MultiBlockMask(grid, **kind)

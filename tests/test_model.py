@@ -1,0 +1,237 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ema
+import train
+from model import (
+    VJEPA,
+    CheckpointError,
+    Predictor,
+    VisionTransformer,
+    gather_tokens,
+    load_encoder,
+    sincos_positions,
+)
+from tests.conftest import GOLDEN
+
+REFERENCE = GOLDEN / "reference-vjepa.pth.tar"
+SMALL = {"img_size": 32, "patch_size": 8, "num_frames": 8, "embed_dim": 48, "depth": 2, "num_heads": 4,
+         "predictor_dim": 24, "predictor_depth": 2}
+
+
+@pytest.fixture
+def reference():
+    return VJEPA.from_checkpoint(REFERENCE, num_heads=4)
+
+
+@pytest.fixture
+def masks(tensors):
+    return [(tensors[f"context_index_{i}"], tensors[f"target_index_{i}"]) for i in (0, 1)]
+
+
+def close(ours, theirs, tolerance=1e-4):
+    torch.testing.assert_close(ours.detach(), theirs, atol=tolerance, rtol=0)
+
+
+def test_features_agree_with_the_release(reference, tensors, masks):
+    clip = tensors["clip"]
+    close(reference.encoder(clip), tensors["encoder_features"])
+    close(reference.target_encoder(clip), tensors["target_encoder_features"])
+    for i, (context, target) in enumerate(masks):
+        close(reference.encoder(clip, context), tensors[f"context_features_{i}"])
+        close(gather_tokens(reference.targets(clip), target), tensors[f"target_{i}"])
+
+
+def test_predictions_agree_with_the_release(reference, tensors, masks):
+    for i, (context, target) in enumerate(masks):
+        close(reference.predict(tensors["clip"], context, target, i), tensors[f"prediction_{i}"])
+
+
+def test_larger_clips_agree_with_the_release(reference, tensors):
+    close(reference.encoder(tensors["bigger_clip"]), tensors["bigger_clip_features"])
+
+
+def test_loss_and_gradients_agree_with_the_release(reference, tensors, masks):
+    loss = reference(tensors["clip"], masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(tensors["loss"].item(), abs=1e-5)
+    for name in ("encoder", "predictor"):
+        gradients = [p.grad for p in getattr(reference, name).parameters()]
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item()
+        assert norm == pytest.approx(tensors[f"grad_norm_{name}"].item(), abs=1e-5)
+    assert all(p.grad is None for p in reference.target_encoder.parameters())
+
+
+def test_four_training_steps_agree_with_the_release(reference, tensors, masks):
+    config = train.Config(steps=12, warmup=2 / 12, momentum_start=0.998, momentum_schedule="linear")
+    optimizer = train.build_optimizer(reference, config)
+    for step in range(4):
+        lr, decay = train.lr_at(step + 1, 12, config), train.weight_decay_at(step + 1, 12, config)
+        momentum = ema.momentum_at(step, 12, 0.998, 1.0, "linear")
+        assert lr == pytest.approx(tensors["train_lr"][step].item(), abs=1e-9)
+        assert decay == pytest.approx(tensors["train_weight_decay"][step].item(), abs=1e-7)
+        train.set_schedules(optimizer, lr, decay)
+        loss = reference(tensors["clip"], masks)
+        assert loss.item() == pytest.approx(tensors["train_loss"][step].item(), abs=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(reference.target_encoder, reference.encoder, momentum)
+    for name in ("encoder", "target_encoder"):
+        close(getattr(reference, name)(tensors["clip"]), tensors[f"after_training_{name}_features"])
+
+
+def test_position_table_is_the_published_one(reference):
+    close(sincos_positions(64, (4, 4, 4)), reference.encoder.pos_embed[0], 1e-6)
+    assert reference.encoder.grid == (4, 4, 4)
+
+
+def test_positions_tell_every_token_apart_on_any_grid():
+    for dim, grid in [(48, (4, 5, 5)), (100, (8, 14, 14)), (192, (1, 3, 7))]:
+        table = sincos_positions(dim, grid)
+        assert table.shape == (grid[0] * grid[1] * grid[2], dim)
+        assert len(table.unique(dim=0)) == len(table)
+
+
+def test_patch_projection_is_the_convolution_it_stands_for():
+    encoder = VisionTransformer(32, 8, 8, 2, embed_dim=48, depth=1, num_heads=4)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    convolved = encoder.patch_embed.proj(clips).flatten(2).transpose(1, 2)
+    close(encoder.patch_embed(clips), convolved.detach(), 1e-5)
+
+
+def test_context_features_do_not_see_masked_pixels():
+    encoder = VisionTransformer(32, 8, 8, 2, embed_dim=48, depth=2, num_heads=4)
+    clips = torch.randn(1, 3, 8, 32, 32)
+    before = encoder(clips, torch.tensor([[0, 5]]))
+    clips[:, :, 6:] += 1  # the last time step: tokens 48 to 63
+    assert torch.equal(encoder(clips, torch.tensor([[0, 5]])), before)
+    assert not torch.equal(encoder(clips, torch.tensor([[0, 60]])), before)
+
+
+def test_each_mask_set_has_its_own_mask_token():
+    predictor = Predictor((4, 4, 4), 48, 24, 2, num_heads=4)
+    with torch.no_grad():
+        predictor.mask_tokens[1] += 1
+    indices = torch.arange(8)[None]
+    guesses = [predictor(torch.ones(1, 8, 48), indices, indices + 8, i) for i in (0, 1)]
+    assert not torch.allclose(*guesses)
+
+
+def test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets():
+    model = VJEPA(**SMALL)
+    clips = torch.randn(2, 3, 8, 32, 32)
+    masks = [(torch.arange(4).expand(2, -1), torch.arange(20, 30).expand(2, -1)),
+             (torch.arange(9).expand(2, -1), torch.arange(40, 45).expand(2, -1))]
+    features = model.target_encoder(clips)
+    targets = (features - features.mean(-1, keepdim=True)) / features.std(-1, keepdim=True,
+                                                                        unbiased=False)
+    errors = [(model.predict(clips, c, t, i) - targets[:, t[0]]).abs().mean()
+              for i, (c, t) in enumerate(masks)]
+    assert model(clips, masks).item() == pytest.approx(sum(errors).item() / 2, abs=1e-4)
+
+
+def test_fan_in_init_keeps_content_as_large_as_positions_in_a_narrow_model():
+    clips = torch.randn(4, 3, 8, 40, 40)
+    for std, low, high in [(0.02, 0.0, 0.7), (None, 0.7, 2.0)]:
+        encoder = VisionTransformer(40, 8, 8, 2, embed_dim=96, depth=1, num_heads=3, init_std=std)
+        content = encoder.patch_embed(clips).std() / encoder.pos_embed.std()
+        assert low < content < high
+
+
+@pytest.mark.parametrize("D, depth, img_size", [(1024, 24, 224), (1280, 32, 224), (1280, 32, 384)])
+def test_published_shapes_load_without_overrides(D, depth, img_size, tmp_path):
+    with torch.device("meta"):
+        model = VJEPA(embed_dim=D, depth=depth, img_size=img_size)
+    # Two of the many blocks, so that the file is small; names, widths and tables are the real ones.
+    def published(network):
+        state = {}
+        for key, value in network.state_dict().items():
+            if "blocks." in key and int(key.split("blocks.")[1].split(".")[0]) > 1:
+                continue
+            state["module.backbone." + key] = torch.zeros(value.shape)
+        for key, dim in (("pos_embed", D), ("predictor_pos_embed", 384)):
+            if "module.backbone." + key in state:
+                state["module.backbone." + key] = sincos_positions(dim, model.encoder.grid)[None]
+        return state
+
+    encoder = published(model.encoder)
+    file = {"encoder": encoder, "target_encoder": encoder, "predictor": published(model.predictor),
+            "opt": {}, "scaler": None, "epoch": 300}
+    torch.save(file, tmp_path / "vit.pth.tar")
+    loaded = VJEPA.from_checkpoint(tmp_path / "vit.pth.tar")
+    assert loaded.encoder.grid == (8, img_size // 16, img_size // 16)
+    assert loaded.encoder.blocks[1].attn.num_heads == 16
+    assert loaded.predictor.predictor_blocks[1].attn.num_heads == 16
+
+
+def test_a_frozen_encoder_comes_from_either_network(tensors):
+    for which in ("encoder", "target_encoder"):
+        encoder = load_encoder(REFERENCE, which, num_heads=4)
+        assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+        close(encoder(tensors["clip"]), tensors[f"{which}_features"])
+
+
+def test_what_a_file_does_not_tell_is_asked_for():
+    with pytest.raises(CheckpointError, match="num_heads"):
+        load_encoder(REFERENCE)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_key_by_key(tmp_path):
+    file = torch.load(REFERENCE, weights_only=True)
+    del file["encoder"]["module.backbone.norm.bias"]
+    file["predictor"]["module.backbone.predictor_norm.weight"] = torch.zeros(7)
+    file["target_encoder"]["module.backbone.more"] = torch.zeros(1)
+    torch.save(file, tmp_path / "odd.pth.tar")
+    with pytest.raises(CheckpointError, match="missing norm.bias"):
+        load_encoder(tmp_path / "odd.pth.tar", "encoder", num_heads=4)
+    with pytest.raises(CheckpointError, match="unexpected more"):
+        load_encoder(tmp_path / "odd.pth.tar", num_heads=4)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "no such checkpoint"), (b"", "not a readable"), (b"not a checkpoint", "not a readable"),
+    ([1], "holds a list"), ({"weights": {}}, "has no 'target_encoder'"), (Payload(), "not a readable")])
+def test_a_file_that_is_no_checkpoint_is_one_clear_line(content, says, tmp_path, capsys):
+    path = tmp_path / "file.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=says) as raised:
+        load_encoder(path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes, says", [
+    ({"img_size": 30}, "img_size 30"), ({"num_frames": 7}, "num_frames 7"), ({"embed_dim": 50}, "50"),
+    ({"predictor_dim": 30}, "predictor_dim 30")])
+def test_sizes_that_do_not_divide_are_errors(sizes, says):
+    with pytest.raises(ValueError, match=says):
+        VJEPA(**{**SMALL, **sizes})
+
+
+def test_a_clip_that_cannot_be_cut_into_tubelets_is_an_error():
+    with pytest.raises(ValueError, match="cannot be cut"):
+        VJEPA(**SMALL).encoder(torch.randn(1, 3, 8, 36, 32))
+
+
+def test_one_training_step_lowers_the_loss_on_its_batch():
+    torch.manual_seed(0)
+    model = VJEPA(**SMALL, init_std=None)
+    clips = torch.randn(4, 3, 8, 32, 32)
+    masks = [(torch.arange(20).expand(4, -1), torch.arange(20, 60).expand(4, -1))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = model(clips, masks)
+    before.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model(clips, masks) < before
+    assert F.l1_loss(model.encoder.pos_embed, model.target_encoder.pos_embed) == 0
