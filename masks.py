@@ -1,9 +1,9 @@
 """Which tokens are context and which are targets (paper, section 3.2).
 
 Multi-block masking: a few rectangles, drawn on one frame and carried through all time steps, are
-hidden. Their union holds the targets, the rest is context. Short-range masks are 8 blocks of 15 % of
-the frame each, long-range masks 2 blocks of 70 %. Because a block spans all time, nothing can be
-copied from the frame before or after: what happens there must be understood.
+hidden. Their union holds the targets, the rest is context. Short-range masks are 8 blocks of 15 %
+of the frame each, long-range masks 2 blocks of 70 %. Because a block spans all time, nothing can
+be copied from the frame before or after: what happens there must be understood.
 
     sampler = MultiBlockMask((8, 14, 14), num_blocks=8, spatial_scale=0.15)
     context, targets = sampler.sample(sample_ids=[0, 1, 2], seed=0)   # (3, 313), (3, 784) indices
@@ -20,8 +20,8 @@ MAX_TRIES = 10_000
 class MultiBlockMask:
     """Samples one mask set: blocks that span all time; context and targets of a fixed size.
 
-    grid: (T', H', W') tokens; num_blocks: blocks a clip; spatial_scale: a block's area as a share of
-    the frame; aspect_ratio: lowest and highest height / width of a block, drawn once a clip;
+    grid: (T', H', W') tokens; num_blocks: blocks a clip; spatial_scale: a block's area as a share
+    of the frame; aspect_ratio: lowest and highest height / width of a block, drawn once a clip;
     context_ratio, target_ratio: the share of all tokens kept as context and as targets.
 
     Blocks are drawn until enough tokens are visible and enough are masked; then exactly
@@ -48,17 +48,17 @@ class MultiBlockMask:
         self.num_targets = int(target_ratio * num_tokens + 1e-9)
         if self.num_context < 1 or self.num_targets < 1:
             raise ValueError(
-                f"context_ratio {context_ratio:g} and target_ratio {target_ratio:g} of {num_tokens} "
-                f"tokens keep {self.num_context} and {self.num_targets} tokens; both need at least 1")
+                f"context_ratio {context_ratio:g} and target_ratio {target_ratio:g} of {num_tokens}"
+                f" tokens are {self.num_context} and {self.num_targets}; both need at least 1")
         rng = np.random.default_rng(0)
         tries = [self.draw_frame(rng, self.draw_block_size(rng)) for _ in range(500)]
         if sum(self.is_enough(visible) for visible in tries) < len(tries) // 100:
             shares = [visible.mean() for visible in tries]
             raise ValueError(
-                f"{num_blocks} blocks of {spatial_scale:g} of a {self.grid[1]}x{self.grid[2]} frame "
-                f"leave {min(shares):.0%} to {max(shares):.0%} of it visible, but context_ratio "
+                f"{num_blocks} blocks of {spatial_scale:g} of a {self.grid[1]}x{self.grid[2]} "
+                f"frame leave {min(shares):.0%} to {max(shares):.0%} visible, but context_ratio "
                 f"{context_ratio:g} and target_ratio {target_ratio:g} need {context_ratio:.0%} to "
-                f"{1 - target_ratio:.0%}: change num_blocks, spatial_scale or the ratios")
+                f"{1 - target_ratio:.0%}: change num_blocks, spatial_scale, or ratios")
 
     def draw_block_size(self, rng):
         """Height and width of a block, in tokens, at least 1 and at most the frame's."""
@@ -94,8 +94,9 @@ class MultiBlockMask:
             if self.is_enough(visible):
                 break
         else:
-            raise ValueError(f"no usable mask in {MAX_TRIES} tries: lower num_blocks "
-                             f"{self.num_blocks}, spatial_scale {self.spatial_scale:g} or the ratios")
+            raise ValueError(f"no usable mask in {MAX_TRIES} tries: lower num_blocks, now "
+                             f"{self.num_blocks}, spatial_scale, now {self.spatial_scale:g}, or "
+                             "the ratios")
         visible = np.broadcast_to(visible, self.grid).ravel()  # (N,): every block spans all time
         context, targets = np.flatnonzero(visible), np.flatnonzero(~visible)
         if not self.truncate:

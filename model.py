@@ -4,7 +4,7 @@
                                                                                        | L1
     clip --target encoder, all tubelets, no gradient--> features at the masked tubelets
 
-Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2024, sections 3.1-3.3.
+Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2024, section 3.
 `python model.py` walks one clip through the shapes.
 """
 
@@ -57,8 +57,8 @@ def init_weights(module, std):
 class PatchEmbed(nn.Module):
     """Clip -> one D-vector a tubelet.
 
-    A Conv3d whose stride is its kernel is one matrix product over cut-out tubelets. So written, only
-    the visible ones are projected, and bfloat16 is fast. The weight keeps Conv3d's layout.
+    A Conv3d whose stride is its kernel is one matrix product over cut-out tubelets. So written,
+    only the visible ones are projected, and bfloat16 is fast. The weight keeps Conv3d's layout.
     """
 
     def __init__(self, tubelet, in_chans, embed_dim):
@@ -180,7 +180,8 @@ class Predictor(nn.Module):
                  mlp_ratio=4.0, num_mask_sets=2, init_std=0.02):
         super().__init__()
         if predictor_dim % num_heads:
-            raise ValueError(f"predictor_dim {predictor_dim} is not divisible by num_heads {num_heads}")
+            raise ValueError(f"predictor_dim {predictor_dim} is not divisible by num_heads "
+                             f"{num_heads}")
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
         self.mask_tokens = nn.ParameterList(
             nn.Parameter(torch.zeros(1, 1, predictor_dim)) for _ in range(num_mask_sets))
@@ -227,13 +228,13 @@ class VJEPA(nn.Module):
             return F.layer_norm(features, features.shape[-1:])
 
     def predict(self, clips, context, target, mask_index):
-        """Features at `target` (B, Kt), predicted from the tokens at `context` (B, Kc): (B, Kt, D)."""
+        """Predict the features at `target` (B, Kt) from the tokens at `context` (B, Kc)."""
         return self.predictor(self.encoder(clips, context), context, target, mask_index)
 
     def forward(self, clips, masks):
         """The training loss: L1 over masked positions and features, averaged over the mask sets.
 
-        clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64 -> scalar.
+        clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64.
         """
         targets = self.targets(clips)  # (B, N, D)
         losses = [F.l1_loss(self.predict(clips, context, target, i), gather_tokens(targets, target))
@@ -280,7 +281,7 @@ def load_checkpoint(path):
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of state dicts")
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")
     return checkpoint
 
 
@@ -301,7 +302,8 @@ def load_strictly(module, state, path):
               for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CheckpointError(f"{path}: does not fit the model: {'; '.join(sorted(wrong)[:4])}{more}")
+        wrong = "; ".join(sorted(wrong)[:4])
+        raise CheckpointError(f"{path}: does not fit the model: {wrong}{more}")
     module.load_state_dict(state)
 
 

@@ -1,17 +1,18 @@
-"""How good frozen features are: attentive, linear and nearest-neighbour probes, and collapse meters.
+"""How good frozen features are: attentive, linear, nearest-neighbour probes; collapse meters.
 
     python probe.py                          the newest run in runs/
-    python probe.py --checkpoint runs/NAME   that one, or a checkpoint file, this project's or published
+    python probe.py --checkpoint runs/NAME   that one; or a checkpoint file, also a published one
 
-The target encoder is frozen and every clip encoded once; then small heads are trained on the features
-(paper, section 4.2) at 100 % and 10 % of the labels, for 3 probe seeds. Beside it stand two controls: the
-same encoder with its random initial weights, and the trained encoder shown one frozen frame as a clip,
-from which no motion can be read. Prints a table and writes runs/NAME/probe.json.
+The target encoder is frozen and encodes every clip once; then small heads are trained on these
+features (paper, section 4.2) with 100 % and 10 % of the labels, for 3 probe seeds. Two controls:
+the same encoder with its random initial weights, and the trained encoder shown one frozen frame as
+a clip, from which no motion can be read. Prints a table, writes probe.json beside the checkpoint.
 
-The loss is no measure of what was learned: it falls when features get poorer. Judge by these.
+The loss is no measure of what was learned: it also falls when features get poorer. Judge by these.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -22,13 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError, loader, open_data
+from data import BadFiles, DataError, loader, open_data
 from model import (
     MLP,
     CheckpointError,
     VisionTransformer,
     encoder_sizes,
-    gather_tokens,
     init_weights,
     load_checkpoint,
     load_encoder,
@@ -37,14 +37,14 @@ from model import (
 )
 
 PROBES = ("attentive", "linear", "knn")
-COLUMNS = {"trained": "trained", "random init": "random_init", "one frame": "one_frame",
-           "trained, 10 %": "trained_10", "random, 10 %": "random_init_10"}
+COLUMNS = {"trained": "trained", "random_init": "random init", "one_frame": "one frame",
+           "trained_10": "10 %: trained", "random_init_10": "random init"}
 # Clips for probing are made with a seed that no pretraining run uses, so they are new to every run.
 PROBE_SEED = 1_000_003
 
 
 class CrossAttention(nn.Module):
-    """One query looks at all tokens. `proj` is in published files but unused in the forward pass."""
+    """One query looks at all tokens. `proj` is in published files, but the forward skips it."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -56,9 +56,9 @@ class CrossAttention(nn.Module):
     def forward(self, query, x):
         """(1, 1, D), (B, N, D) -> (B, 1, D).
 
-        With a single query, keys and values of every token need not be made: the query is carried
-        through the key matrix instead, and the value matrix is applied after averaging. The result is
-        the same and it costs a tenth. (The key bias adds the same to every token's score: no effect.)
+        With one query, the keys and values of all tokens need not be made: the query is carried
+        through the key matrix instead, and the value matrix is applied after averaging. The result
+        is the same at a tenth of the cost. (The key bias raises all scores alike: no effect.)
         """
         D, h = x.shape[-1], self.num_heads
         key_weight, value_weight = self.kv.weight.view(2, h, D // h, D)
@@ -93,7 +93,7 @@ class AttentivePooler(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """A learned query that attends over all frozen tokens, then a linear layer (paper, section 4.2).
+    """A learned query attends over all frozen tokens, then a linear layer (paper, section 4.2).
 
     forward: features (B, N, D) -> logits (B, num_classes). init_std as in model.init_weights.
     """
@@ -110,7 +110,7 @@ class AttentiveProbe(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, num_heads):
-        """A published probe file's probe, in eval mode. num_heads: the encoder's (ViT-L and ViT-H: 16).
+        """A published probe, in eval mode. num_heads: the encoder's (ViT-L and ViT-H: 16).
 
         Raises model.CheckpointError where the file is missing, damaged, or does not fit.
         """
@@ -122,14 +122,14 @@ class AttentiveProbe(nn.Module):
 
 
 def standardise(train, *others):
-    """Each channel to mean 0 and std 1, by the statistics of the first; last axis is the channels."""
+    """Each channel (last axis) to mean 0 and std 1, by the statistics of the first argument."""
     axes = tuple(range(train.ndim - 1))
     mean, std = train.mean(axes), train.std(axes) + 1e-6
     return [(features - mean) / std for features in (train, *others)]
 
 
 def knn_predict(train, labels, test, k=10):
-    """Vote of the k nearest by cosine, weighted by exp(similarity / 0.07): (n, D), (n,), (m, D) -> (m,).
+    """Vote of the k nearest, weighted by exp(cosine / 0.07): (n, D), (n,), (m, D) -> (m,).
 
     With test the same tensor as train, each one's own vote is left out.
     """
@@ -147,67 +147,91 @@ def accuracy(predicted, labels):
 
 
 def rankme(features):
-    """Effective rank (Garrido et al. 2023): exp of the entropy of the singular values' shares. (n, D) -> float."""
+    """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values)."""
     values = torch.linalg.svdvals((features - features.mean(0)).float())
     shares = values / values.sum() + 1e-12
     return torch.exp(-(shares * shares.log()).sum()).item()
 
 
 @torch.no_grad()
-def collapse_meters(model, batches, sample_masks, labels):
+def collapse_meters(model, batches, labels):
     """Is it learning, or collapsing? What the target encoder makes of a fixed set of clips.
 
-    batches: an iterable of (clips (B, C, T, H, W), numbers (B,)); sample_masks(numbers) -> masks as VJEPA
-    takes them; labels: {kind: (clips,) int64}. Returns a dict of floats:
-    std_clips: std of a position's features over clips, averaged (0: the same for all clips);
-    std_tokens: std over one clip's tokens (0: the same everywhere); rankme: effective rank of tokens;
-    relative_loss: loss over that of the best guess that knows a token's position only (1: sees nothing);
-    knn_KIND: leave-one-out nearest-neighbour accuracy of mean-pooled features.
+    batches: an iterable of (clips (B, C, T, H, W), masks as VJEPA takes them); labels: {kind:
+    (clips,) int64}. Returns a dict of floats:
+    std_clips: std over clips of the features at a position (0: every clip looks the same);
+    std_tokens: std over the tokens of one clip (0: every place looks the same);
+    rankme: effective rank of the tokens; relative_loss: the loss over that of the best guess that
+    knows nothing but a token's position (1: content is not used); knn_KIND: accuracy of the nearest
+    neighbours among these clips, by mean-pooled features.
     """
-    targets, losses, guesses = [], [], []
-    masks = []
-    for clips, numbers in batches:
-        targets.append(model.targets(clips))  # (B, N, D)
-        masks.append(sample_masks(numbers))
-        losses.append(F.l1_loss(model.predict(clips, *masks[-1][0], 0),
-                                gather_tokens(targets[-1], masks[-1][0][1])))
-    everything = torch.cat(targets).float()  # (clips, N, D)
-    guess = everything.median(dim=0).values.expand_as(everything)
-    start = 0
-    for target, mask in zip(targets, masks):
-        here = slice(start, start := start + len(target))
-        guesses.append(F.l1_loss(gather_tokens(guess[here], mask[0][1]), gather_tokens(target, mask[0][1])))
-    tokens = everything.flatten(0, 1)
-    pooled = standardise(everything.mean(1))[0]
-    meters = {"std_clips": everything.std(0).mean().item(), "std_tokens": everything.std(1).mean().item(),
+    targets, losses = [], []
+    for clips, masks in batches:
+        targets.append(model.targets(clips).float())
+        losses.append(model(clips, masks).float())
+    targets = torch.cat(targets)  # (clips, N, D)
+    guess = targets.median(dim=0).values
+    tokens, pooled = targets.flatten(0, 1), standardise(targets.mean(1))[0]
+    meters = {"std_clips": targets.std(0).mean().item(), "std_tokens": targets.std(1).mean().item(),
               "rankme": rankme(tokens[::-(-len(tokens) // 4096)]),
-              "relative_loss": (sum(losses) / sum(guesses)).item()}
+              "relative_loss": (torch.stack(losses).mean() / (targets - guess).abs().mean()).item()}
     for kind, values in labels.items():
         values = values.to(pooled.device)
         meters[f"knn_{kind}"] = accuracy(knn_predict(pooled, values, pooled), values)
     return meters
 
 
-@torch.no_grad()
-def encode(encoder, dataset, batch_size, workers=0, one_frame=False, name=""):
-    """Frozen features of a whole dataset: (n, N, D) float32 on the CPU, and the numbers of unreadable clips.
+def pick_device(name):
+    """'auto' -> the best device here; else the one named. Raises ValueError if it is not here."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    found.append("cpu")
+    if name not in ("auto", *found):
+        raise ValueError(f"--device {name} is not here; there is {', '.join(found)}")
+    return torch.device(found[0] if name == "auto" else name)
 
-    one_frame: show the middle frame of each clip, repeated.
+
+@torch.no_grad()
+def encode(encoder, dataset, numbers, batch_size, workers=0, one_frame=False, title=None):
+    """Frozen features of the clips of these numbers: (n, N, D) float32, on the CPU, and the n
+    numbers that could be read. one_frame: show the middle frame of each clip, repeated.
     """
     device = next(encoder.parameters()).device
-    numbers = range(len(dataset))
-    batches = [list(numbers[i:i + batch_size]) for i in range(0, len(numbers), batch_size)]
-    features, bad = [], []
-    for batch in tqdm(loader(dataset, batches, workers), name, len(batches), leave=False, disable=None):
+    batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
+    bad_files, features, kept = BadFiles(total=len(numbers)), [], []
+    for batch in tqdm(loader(dataset, batches, workers), title, len(batches), leave=False,
+                      disable=None):
+        bad_files.report(batch)
         clips = batch.clips.to(device)
         if one_frame:
             middle = clips.shape[2] // 2
             clips = clips[:, :, middle:middle + 1].expand_as(clips)
         features.append(encoder(clips).float().cpu())
-        for line in batch.bad:
-            print(f"unreadable: {line}", file=sys.stderr)
-            bad.append(line)
-    return torch.cat(features), bad
+        kept += batch.numbers.tolist()
+    return torch.cat(features), kept
+
+
+def open_splits(source, split, clip):
+    """Labelled training and test clips: ((dataset, numbers), (dataset, numbers)).
+
+    Where the source has no split of that name, a third of the clips is held out: whole groups, if
+    the source has groups, else clips of every class. Raises DataError where there are no labels.
+    """
+    train = open_data(source, **clip, split="train", train=False)
+    if not train.labels([0]):
+        raise DataError(f"{' '.join(source)}: has no labels, and probing needs them")
+    if split in train.splits:
+        test = open_data(source, **clip, split=split, train=False)
+        return (train, list(range(len(train)))), (test, list(range(len(test))))
+    unit = "group" if train.groups else "clip"
+    print(f"no '{split}' split in the data: every third {unit} is held out to test on")
+    everything = list(range(len(train)))
+    if train.groups:
+        held_out = set(sorted(set(train.groups))[::3])
+        tested = [i for i in everything if train.groups[i] in held_out]
+    else:
+        [labels] = train.labels(everything).values()
+        tested = labels.argsort(stable=True)[::3].tolist()
+    return (train, [i for i in everything if i not in set(tested)]), (train, tested)
 
 
 def split_for_validation(labels, generator):
@@ -229,7 +253,7 @@ def balanced_subset(labels, fraction, generator):
 
 
 def fit_linear(features, labels, decay, num_classes):
-    """Multinomial logistic regression with weight decay, to convergence: (n, D), (n,) -> predict function."""
+    """Logistic regression with weight decay, to convergence: (n, D), (n,) -> predict function."""
     layer = nn.Linear(features.shape[1], num_classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -245,16 +269,17 @@ def fit_linear(features, labels, decay, num_classes):
     return lambda x: layer(x).argmax(1)
 
 
-def fit_attentive(features, labels, val_features, val_labels, num_heads, num_classes, seed, epochs=20):
-    """Train one attentive probe; keep its state of the epoch best on validation. -> predict function.
+def fit_attentive(features, labels, val_features, val_labels, num_heads, num_classes, seed):
+    """Train an attentive probe; keep the epoch best on validation -> predict function.
 
-    AdamW, learning rate 1e-3 on a cosine to 0, weight decay 0.01, as published; small sets get more epochs.
+    20 epochs of AdamW, learning rate 1e-3 on a cosine to 0, weight decay 0.01, as published; small
+    sets get as many epochs as make 200 steps.
     """
     torch.manual_seed(seed)
     probe = AttentiveProbe(features.shape[-1], num_heads, num_classes, init_std=None)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
     batch_size = min(64, len(features))
-    epochs = max(epochs, -(-200 * batch_size // len(features)))
+    epochs = max(20, -(-200 * batch_size // len(features)))
     total = epochs * (len(features) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
 
@@ -273,7 +298,7 @@ def fit_attentive(features, labels, val_features, val_labels, num_heads, num_cla
             optimizer.step()
             schedule.step()
         if epoch >= epochs // 2 and (score := accuracy(predict(val_features), val_labels)) >= best:
-            best, best_state = score, {key: value.clone() for key, value in probe.state_dict().items()}
+            best, best_state = score, copy.deepcopy(probe.state_dict())
     probe.load_state_dict(best_state)
     return predict
 
@@ -281,13 +306,14 @@ def fit_attentive(features, labels, val_features, val_labels, num_heads, num_cla
 def probe_all(train, train_labels, test, test_labels, num_heads, fraction, seed):
     """Train and test every probe for every label kind: {kind: {probe: accuracy}}.
 
-    train, test: features (n, N, D); *_labels: {kind: (n,) int64}; fraction: the share of labels used. A fifth
-    of these is held out to choose weight decay, neighbours and epochs; the test set chooses nothing.
+    train, test: features (n, N, D); *_labels: {kind: (n,) int64}; fraction: the share of the labels
+    used. A fifth of these is held out to choose weight decay, neighbours and epochs; the test set
+    chooses nothing.
     """
     results = {}
     for kind, all_labels in train_labels.items():
         generator = torch.Generator().manual_seed(seed)
-        used = balanced_subset(all_labels, fraction, generator) if fraction < 1 else torch.arange(len(train))
+        used = balanced_subset(all_labels, fraction, generator)
         labels, num_classes = all_labels[used], int(all_labels.max()) + 1
         fit, val = split_for_validation(labels, generator)
         x, x_test = standardise(train[used], test)
@@ -297,85 +323,94 @@ def probe_all(train, train_labels, test, test_labels, num_heads, fraction, seed)
             fit_linear(mean[fit], labels[fit], decay, num_classes)(mean[val]), labels[val]))
         k = max((20, 10, 5, 3), key=lambda k: accuracy(
             knn_predict(mean[fit], labels[fit], mean[val], k), labels[val]))
-        attentive = fit_attentive(x[fit], labels[fit], x[val], labels[val], num_heads, num_classes, seed)
+        attentive = fit_attentive(x[fit], labels[fit], x[val], labels[val], num_heads, num_classes,
+                                  seed)
         guesses = {"attentive": attentive(x_test),
                    "linear": fit_linear(mean, labels, decay, num_classes)(mean_test),
                    "knn": knn_predict(mean, labels, mean_test, k)}
-        results[kind] = {probe: accuracy(guess, test_labels[kind]) for probe, guess in guesses.items()}
+        results[kind] = {probe: accuracy(guess, test_labels[kind])
+                         for probe, guess in guesses.items()}
     return results
 
 
-def print_table(results, columns):
-    """results as in probe.json; columns: {heading: key}."""
-    print(f"{'':24}" + "".join(f"{heading:>17}" for heading in columns))
+def with_labels(dataset, features, numbers):
+    return features, dataset.labels(numbers)
+
+
+def print_table(results):
+    """results as in probe.json."""
+    print(f"{'':22}" + "".join(f"{heading:>16}" for heading in COLUMNS.values()))
     for kind, probes in results.items():
-        for probe, values in probes.items():
-            cells = [f"{values[key]:.3f} +- {values[key + '_std']:.3f}" for key in columns.values()]
-            print(f"{kind + ', ' + probe:24}" + "".join(f"{cell:>17}" for cell in cells))
+        for probe, row in probes.items():
+            cells = [f"{row[column]:.3f} +- {row[column + '_std']:.3f}" for column in COLUMNS]
+            print(f"{kind + ', ' + probe:22}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def newest_run():
-    """The folder in runs/ whose checkpoint is the newest. Raises CheckpointError where there is none."""
+    """The folder in runs/ with the newest checkpoint. Raises CheckpointError if there is none."""
     files = sorted(Path("runs").glob("*/checkpoint-*.pt"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise CheckpointError("runs/ holds no checkpoint yet: run python train.py, or pass --checkpoint")
+        raise CheckpointError("runs/ holds no checkpoint: run train.py, or pass --checkpoint")
     return files[-1].parent
+
+
+def untrained_encoder(path, overrides):
+    """The encoder of a checkpoint as it was before training, drawn as in train.build_model."""
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.get("config", {})
+    sizes = encoder_sizes(checkpoint, "target_encoder", path, **overrides)
+    torch.manual_seed(config.get("seed", 0))
+    encoder = VisionTransformer(**sizes, init_std=config.get("init_std", 0.02) or None)
+    return encoder.eval().requires_grad_(False)
 
 
 def main(args):
     """Probe one checkpoint; print the table, write probe.json, return what is in it."""
     path = Path(args.checkpoint or newest_run())
     folder = path if path.is_dir() else path.parent
-    checkpoint = load_checkpoint(path)
-    config = checkpoint.get("config", {})
-    given = {} if args.num_heads is None else {"num_heads": args.num_heads}
-    trained = load_encoder(path, **given)
-    # The same seed, sizes and order of drawing as in train.py: these are the run's first weights.
-    torch.manual_seed(config.get("seed", 0))
-    sizes = encoder_sizes(state_dict(checkpoint, "target_encoder", path), checkpoint, path, **given)
-    untrained = VisionTransformer(**sizes, init_std=config.get("init_std", 0.02) or None).eval()
+    config = load_checkpoint(path).get("config", {})
+    overrides = {} if args.num_heads is None else {"num_heads": args.num_heads}
+    trained, untrained = load_encoder(path, **overrides), untrained_encoder(path, overrides)
+    T, H, _ = trained.grid
+    t, p, _ = trained.tubelet
 
     source = args.data or config.get("data", ["synthetic"])
-    clip = {"num_frames": sizes["num_frames"], "img_size": sizes["img_size"],
-            "frame_step": config.get("frame_step", 4), "seed": PROBE_SEED, "train": False}
-    datasets = {part: open_data(source, **clip, split=part) for part in ("train", args.split)}
-    print(f"probing {path} on {' '.join(source)}: "
-          + ", ".join(f"{len(dataset)} {part} clips" for part, dataset in datasets.items()))
-    labels = {part: dataset.labels(range(len(dataset))) for part, dataset in datasets.items()}
-    if not labels["train"] or not labels[args.split]:
-        raise DataError(f"{' '.join(source)}: has no labels, and probing needs them")
+    clip = {"num_frames": T * t, "img_size": H * p,
+            "frame_step": config.get("frame_step", 4), "seed": PROBE_SEED}
+    parts = open_splits(source, args.split, clip)
+    print(f"probing {path} on {' '.join(source)}: {len(parts[0][1])} clips to train on, "
+          f"{len(parts[1][1])} to test on", flush=True)
 
-    device = torch.device(args.device)
-    features = {}
+    scores, device = {}, pick_device(args.device)
     for view, encoder in (("trained", trained), ("random_init", untrained), ("one_frame", trained)):
         encoder.to(device)
-        features[view] = [encode(encoder, dataset, args.batch_size, args.workers, view == "one_frame",
-                                 f"{view}, {part} clips") for part, dataset in datasets.items()]
-
-    jobs = [(view, fraction, seed) for view in features for fraction in (1.0, 0.1)
-            for seed in range(args.seeds)]
-    results = {kind: {probe: {} for probe in PROBES} for kind in labels["train"]}
-    scores = {}
-    for view, fraction, seed in tqdm(jobs, "probes", leave=False, disable=None):
-        train, test = features[view]
-        accuracies = probe_all(train, labels["train"], test, labels[args.split], trained.num_heads,
-                               fraction, seed)
-        for kind, by_probe in accuracies.items():
-            for probe, value in by_probe.items():
-                key = view if fraction == 1 else f"{view}_{fraction * 100:.0f}"
-                scores.setdefault((kind, probe, key), []).append(value)
-    for (kind, probe, key), values in scores.items():
-        results[kind][probe][key] = statistics.mean(values)
-        results[kind][probe][key + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    print_table(results, COLUMNS)
+        (train, train_labels), (test, test_labels) = (
+            with_labels(dataset, *encode(encoder, dataset, numbers, args.batch_size, args.workers,
+                                         view == "one_frame", f"encoding, {view}"))
+            for dataset, numbers in parts)
+        jobs = [(fraction, seed) for fraction in (1.0, 0.1) for seed in range(args.seeds)
+                if fraction == 1 or view != "one_frame"]
+        for fraction, seed in tqdm(jobs, f"probes, {view}", leave=False, disable=None):
+            accuracies = probe_all(train, train_labels, test, test_labels, trained.num_heads,
+                                   fraction, seed)
+            for kind, by_probe in accuracies.items():
+                for probe, value in by_probe.items():
+                    column = view if fraction == 1 else f"{view}_10"
+                    scores.setdefault((kind, probe, column), []).append(value)
+    results = {}
+    for (kind, probe, column), values in scores.items():
+        row = results.setdefault(kind, {}).setdefault(probe, {})
+        row[column] = statistics.mean(values)
+        row[column + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    print_table(results)
     (folder / "probe.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {folder / 'probe.json'}")
+    print(f"mean +- std over {args.seeds} probe seeds; written to {folder / 'probe.json'}")
     return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="python probe.py [--checkpoint PATH] [--data PATH ...] [...]",
+                                     usage="python probe.py [--checkpoint PATH] [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a run's folder or a checkpoint file (the newest run)")
     parser.add_argument("--data", nargs="+", help="labelled clips (what the run was trained on)")
@@ -387,5 +422,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     try:
         main(parser.parse_args())
-    except (DataError, CheckpointError, OSError) as error:
+    except (ValueError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")

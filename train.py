@@ -1,15 +1,16 @@
 """Pretrain V-JEPA: presets, the training loop, checkpoints, what is logged.
 
-    python train.py                                   preset tiny on made-up clips, on a laptop's CPU
-    python train.py --preset small --data videos/     your own clips: class folders, 'path label' files
+    python train.py                                   preset tiny on made-up clips, on a laptop
+    python train.py --preset small --data videos/     your own clips: class folders, file lists
     python train.py --preset vitl16 --data k710.csv   the paper's ViT-L/16 on one GPU
-    torchrun --standalone --nproc_per_node 8 train.py --preset vitl16 --data k710.csv       one node
+    torchrun --standalone --nproc_per_node 8 train.py --preset vitl16 --data k710.csv     one node
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --preset vitl16 --data k710.csv      two nodes: this same line on both
 
-Every field of Config is a flag; --help lists them. A run lives in runs/NAME: config.json, metrics.csv,
-curves.png, checkpoint-STEP.pt. The same command again goes on where the run stopped. The loss depends
-on (seed, sample number) alone: neither a restart nor the number of processes changes what is learned.
+Every field of Config is a flag; --help lists them. A run lives in runs/NAME: config.json,
+metrics.csv, curves.png, checkpoint-STEP.pt. The same command again goes on where the run stopped.
+Clips and masks depend on (seed, sample number) alone, so neither a restart nor the number of
+processes changes what is learned.
 """
 
 import argparse
@@ -60,10 +61,10 @@ class Config:
     predictor_dim: int = flag(384, "predictor width")
     predictor_depth: int = flag(12, "predictor blocks")
     init_std: float = flag(0.02, "std of initial weights; 0: 1 / sqrt(fan-in), for narrow models")
-    num_blocks: list[int] = flag([8, 2], "mask blocks a clip; one number a mask set, here and below")
-    spatial_scale: list[float] = flag([0.15, 0.7], "a block's share of the frame")
-    context_ratio: list[float] = flag([0.20, 0.07], "share of all tokens kept as context")
-    target_ratio: list[float] = flag([0.50, 0.70], "share of all tokens kept as targets")
+    num_blocks: list[int] = flag([8, 2], "mask blocks a clip, one number a mask set")
+    spatial_scale: list[float] = flag([0.15, 0.7], "a block's share of the frame, one a mask set")
+    context_ratio: list[float] = flag([0.20, 0.07], "share of tokens kept as context")
+    target_ratio: list[float] = flag([0.50, 0.70], "share of tokens kept as targets")
     aspect_ratio: list[float] = flag([0.75, 1.5], "lowest and highest height / width of a block")
     mask_truncate: str = flag("", "'batch': cut masks to the batch's shortest, as the release does")
     steps: int = flag(90_000, "optimizer steps")
@@ -77,7 +78,7 @@ class Config:
     momentum_start: float = flag(0.996, "target encoder's momentum at step 0")
     momentum_end: float = flag(1.0, "target encoder's momentum at the end")
     momentum_schedule: str = flag("cosine", "cosine, linear (as the release) or constant")
-    schedule_stretch: float = flag(1.0, "lengthen all schedules, cut off at --steps (release: 1.25)")
+    schedule_stretch: float = flag(1.0, "lengthen all cosines, cut off at --steps (release: 1.25)")
     clip_grad: float = flag(10.0, "largest gradient norm, of encoder and predictor each")
     seed: int = flag(0, "seed of weights, clips, crops and masks")
     meter_every: int = flag(500, "steps between looks at the collapse meters")
@@ -111,7 +112,7 @@ PRESETS = {
 
 
 def parse_args(arguments=None):
-    """Command line -> (Config, run name, restart). Unknown flags and presets end with exit code 2."""
+    """Command line -> (Config, run name, restart). Unknown flags and presets exit with code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python train.py [--preset NAME] [--FIELD VALUE ...]", allow_abbrev=False)
@@ -157,8 +158,8 @@ def build_masks(config, grid):
     """One mask sampler a mask set."""
     lists = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
     if len({len(values) for values in lists}) > 1:
-        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio take one "
-                         "number a mask set, so all equally many")
+        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio take "
+                         "one number a mask set, so all equally many")
     return [MultiBlockMask(grid, blocks, scale, config.aspect_ratio, context, target,
                            config.mask_truncate or None)
             for blocks, scale, context, target in zip(*lists, strict=True)]
@@ -166,7 +167,8 @@ def build_masks(config, grid):
 
 def sample_masks(samplers, numbers, seed, device):
     """Masks for the clips of these sample numbers: [(context (B, Kc), targets (B, Kt)), ...]."""
-    pairs = [sampler.sample(numbers, seed * len(samplers) + i) for i, sampler in enumerate(samplers)]
+    pairs = [sampler.sample(numbers, seed * len(samplers) + i)
+             for i, sampler in enumerate(samplers)]
     return [(context.to(device), targets.to(device)) for context, targets in pairs]
 
 
@@ -240,7 +242,7 @@ def open_metrics(path, columns, step):
 
 
 def draw_curves(folder):
-    """curves.png, from metrics.csv: the loss, and beside it what tells whether anything is learned."""
+    """curves.png, from metrics.csv: the loss, and what tells whether anything is learned."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder / "metrics.csv")
@@ -314,7 +316,7 @@ def main(config, name, restart=False):
         for part in range(accumulate)
         for first in [step * config.batch_size + (part * world + rank) * micro]), config.workers,
         pin_memory=device.type == "cuda"))
-    bad_files = BadFiles(config.max_bad)
+    bad_files = BadFiles(config.max_bad, len(dataset))
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
@@ -324,10 +326,11 @@ def main(config, name, restart=False):
 
     def look_at_meters():
         parts = [meter_numbers[i:i + micro] for i in range(0, len(meter_numbers), micro)]
-        clips = ((batch.clips.to(device), sample_masks(samplers, batch.numbers, config.seed, device))
-                 for batch in loader(meter_set, parts))
+        batches = ((batch.clips.to(device),
+                    sample_masks(samplers, batch.numbers, config.seed, device))
+                   for batch in loader(meter_set, parts))
         with autocast:
-            return collapse_meters(model, clips, meter_labels)
+            return collapse_meters(model, batches, meter_labels)
 
     if rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -340,8 +343,9 @@ def main(config, name, restart=False):
               f"batch       {config.batch_size} clips = {world} processes x {micro} x {accumulate}",
               f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
               f"learning rate {config.lr:g}",
-              f"tokens      {math.prod(grid)} a clip, {grid}; context -> targets {', '.join(masked)}",
-              f"parameters  encoder {millions(model.encoder)}, predictor {millions(model.predictor)}",
+              f"tokens      {math.prod(grid)} {grid}; context -> targets {', '.join(masked)}",
+              f"parameters  encoder {millions(model.encoder)}, predictor "
+              f"{millions(model.predictor)}",
               sep="\n", flush=True)
 
     total = round(config.steps * config.schedule_stretch)
@@ -354,7 +358,7 @@ def main(config, name, restart=False):
         loss = torch.zeros((), device=device)
         for part in range(accumulate):
             batch = next(batches)
-            bad_files.report(batch.bad)
+            bad_files.report(batch)
             clips = batch.clips.to(device, non_blocking=True)  # (micro, 3, T, H, W)
             masks = sample_masks(samplers, batch.numbers, config.seed, device)
             # Processes exchange gradients once a step, with the last micro-batch.
@@ -392,6 +396,7 @@ def main(config, name, restart=False):
             if last or done % config.save_every == 0:
                 save_checkpoint(folder, done, model, optimizer, config)
     if rank == 0:
+        bad_files.summary()
         print(f"done; see {folder}/curves.png, then: python probe.py --checkpoint {folder}")
     if world > 1:
         dist.destroy_process_group()

@@ -6,7 +6,8 @@ from masks import MultiBlockMask
 
 SHORT = {"num_blocks": 8, "spatial_scale": 0.15, "context_ratio": 0.20, "target_ratio": 0.50}
 LONG = {"num_blocks": 2, "spatial_scale": 0.70, "context_ratio": 0.07, "target_ratio": 0.70}
-GRIDS = [(8, 14, 14), (8, 24, 24), (4, 5, 5), (1, 14, 14), (8, 7, 7), (3, 9, 5), (2, 6, 13), (5, 4, 4)]
+GRIDS = [(8, 14, 14), (8, 24, 24), (4, 5, 5), (1, 14, 14), (8, 7, 7), (3, 9, 5), (2, 6, 13),
+         (5, 4, 4)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -63,8 +64,8 @@ RELEASE = [({"num_blocks": 8, "spatial_scale": 0.15}, 0.375, 0.238, 0.471,
             [37, 32, 18, 8.6, 3.6, 2.2, 1.8, 1.6])]
 
 
-@pytest.mark.parametrize("kind, alone, context_share, target_share, per_step", RELEASE)
-def test_batch_truncation_reproduces_the_release(kind, alone, context_share, target_share, per_step):
+@pytest.mark.parametrize("kind, alone, context_share, target_share, steps", RELEASE)
+def test_batch_truncation_reproduces_the_release(kind, alone, context_share, target_share, steps):
     grid = (8, 14, 14)
     sampler = MultiBlockMask(grid, **kind, truncate="batch")
     single = [sampler.sample([i], 0)[0].shape[1] / 1568 for i in range(1000)]
@@ -73,17 +74,18 @@ def test_batch_truncation_reproduces_the_release(kind, alone, context_share, tar
     assert abs(np.mean([c.shape[1] for c, _ in batches]) / 1568 - context_share) < 0.012
     assert abs(np.mean([t.shape[1] for _, t in batches]) / 1568 - target_share) < 0.012
     counts = np.mean([counts_per_step(c, grid) for c, _ in batches], axis=0)
-    assert np.abs(counts - per_step).max() < 6
+    assert np.abs(counts - steps).max() < 6
     assert counts[-1] < counts[0] / 10
 
 
 @pytest.mark.parametrize("grid, kind, number", [
-    ((8, 14, 14), {"num_blocks": 2, "spatial_scale": 1.0}, "spatial_scale"),
+    ((8, 14, 14), {"spatial_scale": 1.0, "aspect_ratio": (1, 1)}, "spatial_scale"),
     ((8, 14, 14), {"num_blocks": 500, "spatial_scale": 0.15}, "num_blocks"),
     ((8, 1, 1), {}, "1x1 frame"),
     ((8, 14, 14), {"context_ratio": 0.6, "target_ratio": 0.5}, "context_ratio"),
     ((1, 2, 2), {"context_ratio": 0.07}, "at least 1"),
-    ((8, 14, 14), {"truncate": "batch", "spatial_scale": 1.0}, "spatial_scale"),
+    ((8, 14, 14), {"truncate": "batch", "spatial_scale": 1.0, "aspect_ratio": (1, 1)},
+     "spatial_scale"),
     ((8, 14, 14), {"truncate": "clip"}, "truncate"),
 ])
 def test_an_impossible_request_is_an_error_that_says_what_to_change(grid, kind, number):

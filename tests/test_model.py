@@ -16,8 +16,8 @@ from model import (
 from tests.conftest import GOLDEN
 
 REFERENCE = GOLDEN / "reference-vjepa.pth.tar"
-SMALL = {"img_size": 32, "patch_size": 8, "num_frames": 8, "embed_dim": 48, "depth": 2, "num_heads": 4,
-         "predictor_dim": 24, "predictor_depth": 2}
+SMALL = {"img_size": 32, "patch_size": 8, "num_frames": 8, "embed_dim": 48, "depth": 2,
+         "num_heads": 4, "predictor_dim": 24, "predictor_depth": 2}
 
 
 @pytest.fixture
@@ -197,7 +197,8 @@ class Payload:
 
 @pytest.mark.parametrize("content, says", [
     (None, "no such checkpoint"), (b"", "not a readable"), (b"not a checkpoint", "not a readable"),
-    ([1], "holds a list"), ({"weights": {}}, "has no 'target_encoder'"), (Payload(), "not a readable")])
+    ([1], "holds a list"), ({"weights": {}}, "has no 'target_encoder'"),
+    (Payload(), "not a readable")])
 def test_a_file_that_is_no_checkpoint_is_one_clear_line(content, says, tmp_path, capsys):
     path = tmp_path / "file.pt"
     if isinstance(content, bytes):
@@ -211,8 +212,8 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(content, says, tmp_path,
 
 
 @pytest.mark.parametrize("sizes, says", [
-    ({"img_size": 30}, "img_size 30"), ({"num_frames": 7}, "num_frames 7"), ({"embed_dim": 50}, "50"),
-    ({"predictor_dim": 30}, "predictor_dim 30")])
+    ({"img_size": 30}, "img_size 30"), ({"num_frames": 7}, "num_frames 7"),
+    ({"embed_dim": 50}, "embed_dim 50"), ({"predictor_dim": 30}, "predictor_dim 30")])
 def test_sizes_that_do_not_divide_are_errors(sizes, says):
     with pytest.raises(ValueError, match=says):
         VJEPA(**{**SMALL, **sizes})
