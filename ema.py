@@ -48,3 +48,31 @@ def update(target, online, momentum):
     for t, o in pairs:
         if not t.is_floating_point():
             t.copy_(o)
+
+
+def main():
+    """Draw the schedules and what they mean: how long the target encoder remembers."""
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    steps = range(0, 1001, 5)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    print("step of 1000   " + "".join(f"{step:>9}" for step in (0, 250, 500, 750, 1000)))
+    for schedule, style in (("cosine", "-"), ("linear", "--"), ("constant", ":")):
+        momenta = [momentum_at(step, 1000, schedule=schedule) for step in steps]
+        print(f"{schedule:15}" + "".join(f"{momenta[i]:9.5f}" for i in (0, 50, 100, 150, 200)))
+        left.plot(steps, momenta, style, label=schedule)
+        right.plot(steps, [half_life(momentum) for momentum in momenta], style, label=schedule)
+    left.set(title="momentum", xlabel="optimizer step of 1000")
+    right.set(title="half-life of a weight in the target encoder, steps", yscale="log",
+              xlabel="optimizer step of 1000")
+    left.legend()
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/ema.png", dpi=100)
+    print("drawn: out/ema.png")
+
+
+if __name__ == "__main__":
+    main()

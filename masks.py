@@ -119,3 +119,46 @@ class MultiBlockMask:
         context, targets = ([one[:min(map(len, lists))] for one in lists]
                             for lists in zip(*pairs, strict=True))
         return torch.from_numpy(np.stack(context)), torch.from_numpy(np.stack(targets))
+
+
+def main():
+    """Count and draw: what the two kinds of mask keep, per step of time, and how they look."""
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    grid = (8, 14, 14)
+    kinds = {"short range: 8 blocks of 15 %": (8, 0.15, 0.20, 0.50),
+             "long range: 2 blocks of 70 %": (2, 0.70, 0.07, 0.70)}
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    axes = figure.subplots(2, 6)
+    print(f"{grid[0]} x {grid[1]} x {grid[2]} tokens; context tokens kept, per step of time")
+    for row, (title, (blocks, scale, context, target)) in zip(axes, kinds.items(), strict=True):
+        for truncate, style in ((None, "o-"), ("batch", "s--")):
+            sampler = MultiBlockMask(grid, blocks, scale, (0.75, 1.5), context, target, truncate)
+            batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=0) for i in range(20)]
+            counts = sum(np.bincount(kept.flatten() // 196, minlength=8) for kept, _ in batches) / 480
+            name = "cut to the batch's shortest (release)" if truncate else "fixed size (here)"
+            print(f"{title}, {name}:", *(f"{count:5.1f}" for count in counts))
+            row[5].plot(range(8), counts, style, label=name)
+            if truncate:
+                continue
+            for axis, step in zip(row, (0, 2, 4, 6, 7), strict=False):
+                image = np.zeros(grid[1] * grid[2])
+                for indices, value in zip(batches[0], (1, 2), strict=True):
+                    here = indices[0][indices[0] // 196 == step] % 196
+                    image[here] = value
+                axis.imshow(image.reshape(14, 14), cmap="cividis", vmin=0, vmax=2)
+                axis.set(title=f"time step {step}", xticks=[], yticks=[])
+        row[0].set_ylabel(title)
+        row[5].set(title="context tokens per time step", xlabel="time step", ylim=0)
+    axes[0, 5].legend(fontsize=8)
+    figure.suptitle("One clip's masks: yellow = target, grey = context, dark blue = neither. "
+                    "Blocks span all time.")
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/masks.png", dpi=100)
+    print("drawn: out/masks.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2
 """
 
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -350,3 +351,33 @@ def load_encoder(path, which="target_encoder", **overrides):
     encoder = VisionTransformer(**encoder_sizes(checkpoint, which, path, **overrides))
     load_strictly(encoder, state_dict(checkpoint, which, path), path)
     return encoder.eval().requires_grad_(False)
+
+
+def main():
+    """Walk one clip through the shapes, at the size of the paper's ViT-L/16."""
+    from masks import MultiBlockMask
+
+    with torch.device("meta"):
+        model = VJEPA()
+        clips = torch.empty(1, 3, 16, 224, 224)
+    sampler = MultiBlockMask(model.encoder.grid)
+    context, target = (indices.to("meta") for indices in sampler.sample([0], seed=0))
+    features = model.encoder(clips, context)
+    guess = model.predictor(features, context, target, mask_index=0)
+
+    def parameters(module):
+        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters"
+
+    print("ViT-L/16, one clip, a short-range mask")
+    print(f"clip              {tuple(clips.shape)}  (B, C, T, H, W)")
+    print(f"grid of tokens    {model.encoder.grid}, tubelets of {model.encoder.tubelet}")
+    print(f"context           {tuple(context.shape)} of {math.prod(model.encoder.grid)} tokens")
+    print(f"  -> encoder      {tuple(features.shape)}  {parameters(model.encoder)}")
+    print(f"targets           {tuple(target.shape)} of {math.prod(model.encoder.grid)} tokens")
+    print(f"  -> predictor    {tuple(guess.shape)}  {parameters(model.predictor)}")
+    print(f"target encoder    {tuple(model.targets(clips).shape)}, an average of the encoder")
+    print("loss              mean of |prediction - target| over the masked tokens")
+
+
+if __name__ == "__main__":
+    main()

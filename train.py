@@ -21,6 +21,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -289,6 +290,10 @@ def main(config, name, restart=False):
     if rest:
         raise ValueError(f"--micro-batch {micro} does not divide the {config.batch_size // world} "
                          f"clips that each of {world} processes takes of --batch-size")
+    total = round(config.steps * config.schedule_stretch)
+    momentum_at = partial(ema.momentum_at, total_steps=total, start=config.momentum_start,
+                          end=config.momentum_end, schedule=config.momentum_schedule)
+    momentum_at(0)
     model = build_model(config).to(device)
     grid = model.encoder.grid
     samplers = build_masks(config, grid)
@@ -321,7 +326,8 @@ def main(config, name, restart=False):
     if world > 1:
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
-    meter_numbers = list(range(min(config.meter_clips, len(meter_set))))
+    # Evenly spread, as class folders are in the order of their classes.
+    meter_numbers = list(range(0, len(meter_set), max(1, len(meter_set) // config.meter_clips)))
     meter_labels = meter_set.labels(meter_numbers)
 
     def look_at_meters():
@@ -348,7 +354,6 @@ def main(config, name, restart=False):
               f"{millions(model.predictor)}",
               sep="\n", flush=True)
 
-    total = round(config.steps * config.schedule_stretch)
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                disable=None if rank == 0 else True)
     for step in bar:
@@ -378,8 +383,7 @@ def main(config, name, restart=False):
                  for network in (model.encoder, model.predictor)]
         optimizer.step()
         optimizer.zero_grad()
-        momentum = ema.momentum_at(step, total, config.momentum_start, config.momentum_end,
-                                   config.momentum_schedule)
+        momentum = momentum_at(step)
         ema.update(model.target_encoder, model.encoder, momentum)
 
         if rank == 0:

@@ -144,7 +144,7 @@ def test_biases_and_norms_do_not_decay():
     (["--num-frames", "5"], 1, "num_frames 5 is not divisible by tubelet_size 2"),
     (["--micro-batch", "3"], 1, "--micro-batch 3 does not divide"),
     (["--context-ratio", "0.2"], 1, "--context-ratio"),
-    (["--spatial-scale", "0.15", "0.99"], 1, "spatial_scale"),
+    (["--num-blocks", "8", "40"], 1, "num_blocks"),
     (["--momentum-schedule", "steep"], 1, "steep"),
     (["--data", "missing.csv"], 1, "missing.csv"),
     (["--data", "."], 1, "no "),
