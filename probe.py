@@ -1,4 +1,4 @@
-"""How good frozen features are: attentive, linear, nearest-neighbour probes; collapse meters.
+"""How good frozen features are: attentive, linear and nearest-neighbour probes.
 
     python probe.py                          the newest run in runs/
     python probe.py --checkpoint runs/NAME   that one; or a checkpoint file, also a published one
@@ -144,41 +144,6 @@ def knn_predict(train, labels, test, k=10):
 
 def accuracy(predicted, labels):
     return (predicted == labels).float().mean().item()
-
-
-def rankme(features):
-    """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float())
-    shares = values / values.sum() + 1e-12
-    return torch.exp(-(shares * shares.log()).sum()).item()
-
-
-@torch.no_grad()
-def collapse_meters(model, batches, labels):
-    """Is it learning, or collapsing? What the target encoder makes of a fixed set of clips.
-
-    batches: an iterable of (clips (B, C, T, H, W), masks as VJEPA takes them); labels: {kind:
-    (clips,) int64}. Returns a dict of floats:
-    std_clips: std over clips of the features at a position (0: every clip looks the same);
-    std_tokens: std over the tokens of one clip (0: every place looks the same);
-    rankme: effective rank of the tokens; relative_loss: the loss over that of the best guess that
-    knows nothing but a token's position (1: content is not used); knn_KIND: accuracy of the nearest
-    neighbours among these clips, by mean-pooled features.
-    """
-    targets, losses = [], []
-    for clips, masks in batches:
-        targets.append(model.targets(clips).float())
-        losses.append(model(clips, masks).float())
-    targets = torch.cat(targets)  # (clips, N, D)
-    guess = targets.median(dim=0).values
-    tokens, pooled = targets.flatten(0, 1), standardise(targets.mean(1))[0]
-    meters = {"std_clips": targets.std(0).mean().item(), "std_tokens": targets.std(1).mean().item(),
-              "rankme": rankme(tokens[::-(-len(tokens) // 4096)]),
-              "relative_loss": (torch.stack(losses).mean() / (targets - guess).abs().mean()).item()}
-    for kind, values in labels.items():
-        values = values.to(pooled.device)
-        meters[f"knn_{kind}"] = accuracy(knn_predict(pooled, values, pooled), values)
-    return meters
 
 
 def pick_device(name):

@@ -14,7 +14,6 @@ processes changes what is learned.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -34,8 +33,9 @@ from tqdm import tqdm
 import ema
 from data import BadFiles, DataError, loader, open_data
 from masks import MultiBlockMask
+from metrics import collapse_meters, draw_curves, open_metrics
 from model import VJEPA, CheckpointError, load_checkpoint, load_networks
-from probe import collapse_meters, pick_device
+from probe import pick_device
 
 
 def flag(default, text):
@@ -94,8 +94,6 @@ class Config:
 
 # What may differ when a run is resumed, because the result does not depend on it.
 FREE = {"save_every", "micro_batch", "workers", "device", "precision"}
-COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
-           "grad_norm_predictor", "std_clips", "std_tokens", "rankme", "relative_loss"]
 
 PRESETS = {
     "tiny": Config(
@@ -224,53 +222,6 @@ def resume(folder, model, optimizer, config):
     return checkpoint["step"]
 
 
-def read_metrics(path):
-    """metrics.csv as a list of dicts of strings, without a last line that a crash left half."""
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
-def open_metrics(path, columns, step):
-    """A writer that appends to metrics.csv; lines after `step` are cut, as they will come again."""
-    rows = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
-    return csv.DictWriter(open(path, "a", newline="", buffering=1), columns)  # noqa: SIM115
-
-
-def draw_curves(folder):
-    """curves.png, from metrics.csv: the loss, and what tells whether anything is learned."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(folder / "metrics.csv")
-    panels = {
-        "training loss (L1)": ["loss"],
-        "loss / loss of the best position-only guess": ["relative_loss"],
-        "feature std": ["std_clips", "std_tokens"],
-        "RankMe (effective rank of tokens)": ["rankme"],
-        "nearest-neighbour accuracy": [name for name in rows[0] if name.startswith("knn_")],
-        "learning rate": ["lr"],
-        "momentum": ["momentum"],
-        "gradient norm": ["grad_norm_encoder", "grad_norm_predictor"]}
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    for axis, (title, columns) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
-        for column, style in zip(columns, ("-", "--", ":"), strict=False):
-            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-            if points:
-                label = column.removeprefix("knn_").replace("_", " ")
-                axis.plot(*zip(*points, strict=True), style, label=label,
-                          marker="." if len(points) < 50 else None)
-        axis.set(title=title, xlabel="optimizer step")
-        if len(columns) > 1:
-            axis.legend()
-    figure.savefig(folder / "curves.tmp", dpi=100, format="png")
-    os.replace(folder / "curves.tmp", folder / "curves.png")
-
-
 def main(config, name, restart=False):
     """One run, from its start or its last checkpoint to its last step; returns the run's folder.
 
@@ -340,8 +291,7 @@ def main(config, name, restart=False):
 
     if rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        metrics = open_metrics(folder / "metrics.csv",
-                               [*COLUMNS, *(f"knn_{label}" for label in meter_labels)], start)
+        metrics = open_metrics(folder / "metrics.csv", meter_labels, start)
         masked = [f"{sampler.num_context} -> {sampler.num_targets}" for sampler in samplers]
         print(f"run         {folder}" + (f", resumed after step {start}" if start else ""),
               f"data        {' '.join(config.data)}",
