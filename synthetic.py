@@ -128,4 +128,4 @@ class Synthetic(torch.utils.data.Dataset):
         frames = F.grid_sample(canvas, grid.view(B, T * S, S, 2), padding_mode="reflection",
                                align_corners=False).view(B, T, S, S)
         clips = (frames - 0.3) * torch.from_numpy(contrast) + torch.from_numpy(overlay)
-        return clips[:, None].expand(B, 3, T, S, S), torch.tensor(numbers), []
+        return clips[:, None].expand(B, 3, T, S, S), torch.as_tensor(numbers), []
