@@ -19,21 +19,23 @@ def rankme(features):
 
 
 @torch.no_grad()
-def collapse_meters(model, batches, labels):
+def collapse_meters(model, batches):
     """Is it learning, or collapsing? What the target encoder makes of a fixed set of clips.
 
-    batches: an iterable of (clips (B, C, T, H, W), masks as VJEPA takes them); labels: {kind:
-    (clips,) int64}. Returns a dict of floats:
+    batches: an iterable of (clips (B, C, T, H, W), masks as VJEPA takes them, labels {kind: (B,)
+    int64}). Returns a dict of floats:
     std_clips: std over clips of the features at a position (0: every clip looks the same);
     std_tokens: std over the tokens of one clip (0: every place looks the same);
     rankme: effective rank of the tokens; relative_loss: the loss over that of the best guess that
     knows nothing but a token's position (1: content is not used); knn_KIND: accuracy of the nearest
     neighbours among these clips, by mean-pooled features.
     """
-    targets, losses = [], []
-    for clips, masks in batches:
+    targets, losses, labels = [], [], {}
+    for clips, masks, batch_labels in batches:
         targets.append(model.targets(clips).float())
         losses.append(model(clips, masks).float())
+        for kind, values in batch_labels.items():
+            labels.setdefault(kind, []).append(values.to(clips.device))
     targets = torch.cat(targets)  # (clips, N, D)
     guess = targets.median(dim=0).values
     tokens, pooled = targets.flatten(0, 1), standardise(targets.mean(1))[0]
@@ -41,7 +43,7 @@ def collapse_meters(model, batches, labels):
               "rankme": rankme(tokens[::-(-len(tokens) // 4096)]),
               "relative_loss": (torch.stack(losses).mean() / (targets - guess).abs().mean()).item()}
     for kind, values in labels.items():
-        values = values.to(pooled.device)
+        values = torch.cat(values)
         meters[f"knn_{kind}"] = accuracy(knn_predict(pooled, values, pooled), values)
     return meters
 

@@ -24,17 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import BadFiles, DataError, loader, open_data
-from model import (
-    MLP,
-    CheckpointError,
-    VisionTransformer,
-    encoder_sizes,
-    init_weights,
-    load_checkpoint,
-    load_encoder,
-    load_strictly,
-    state_dict,
-)
+from model import (MLP, CheckpointError, VisionTransformer, encoder_sizes, init_weights,
+                   load_checkpoint, load_encoder, load_strictly, state_dict)
 
 PROBES = ("attentive", "linear", "knn")
 COLUMNS = {"trained": "trained", "random_init": "random init", "one_frame": "one frame",
@@ -166,6 +157,8 @@ def encode(encoder, dataset, numbers, batch_size, workers=0, one_frame=False, ti
     for batch in tqdm(loader(dataset, batches, workers), title, len(batches), leave=False,
                       disable=None):
         bad_files.report(batch)
+        if not len(batch.numbers):
+            continue
         clips = batch.clips.to(device)
         if one_frame:
             middle = clips.shape[2] // 2
@@ -178,12 +171,16 @@ def encode(encoder, dataset, numbers, batch_size, workers=0, one_frame=False, ti
 def open_splits(source, split, clip):
     """Labelled training and test clips: ((dataset, numbers), (dataset, numbers)).
 
-    Where the source has no split of that name, a third of the clips is held out: whole groups, if
-    the source has groups, else clips of every class. Raises DataError where there are no labels.
+    Where the source has no split of that name, val serves as test; without that, a third is held
+    out: whole groups, if the source has groups, else clips of every class. Raises DataError where
+    there are no labels.
     """
     train = open_data(source, **clip, split="train", train=False)
     if not train.labels([0]):
         raise DataError(f"{' '.join(source)}: has no labels, and probing needs them")
+    if split not in train.splits and "val" in train.splits:
+        print(f"no '{split}' split in the data: 'val' is used")
+        split = "val"
     if split in train.splits:
         test = open_data(source, **clip, split=split, train=False)
         return (train, list(range(len(train)))), (test, list(range(len(test))))

@@ -279,19 +279,19 @@ def main(config, name, restart=False):
 
     # Evenly spread, as class folders are in the order of their classes.
     meter_numbers = list(range(0, len(meter_set), max(1, len(meter_set) // config.meter_clips)))
-    meter_labels = meter_set.labels(meter_numbers)
+    meter_parts = [meter_numbers[i:i + micro] for i in range(0, len(meter_numbers), micro)]
 
     def look_at_meters():
-        parts = [meter_numbers[i:i + micro] for i in range(0, len(meter_numbers), micro)]
-        batches = ((batch.clips.to(device),
-                    sample_masks(samplers, batch.numbers, config.seed, device))
-                   for batch in loader(meter_set, parts))
         with autocast:
-            return collapse_meters(model, batches, meter_labels)
+            return collapse_meters(model, (
+                (batch.clips.to(device),
+                 sample_masks(samplers, batch.numbers, config.seed, device),
+                 meter_set.labels(batch.numbers))
+                for batch in loader(meter_set, meter_parts) if len(batch.numbers)))
 
     if rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        metrics = open_metrics(folder / "metrics.csv", meter_labels, start)
+        metrics = open_metrics(folder / "metrics.csv", meter_set.labels([0]), start)
         masked = [f"{sampler.num_context} -> {sampler.num_targets}" for sampler in samplers]
         print(f"run         {folder}" + (f", resumed after step {start}" if start else ""),
               f"data        {' '.join(config.data)}",

@@ -26,11 +26,11 @@ def test_meters_tell_collapse_from_content():
     model, masks = tiny_model()
     clips, labels = torch.randn(32, 3, 4, 16, 16), {"class": torch.arange(32) % 2}
     clips += labels["class"].view(-1, 1, 1, 1, 1) * 3
-    alive = metrics.collapse_meters(model, [(clips, masks)], labels)
+    alive = metrics.collapse_meters(model, [(clips, masks, labels)])
     assert alive["std_clips"] > 0.1 and alive["rankme"] > 10 and alive["knn_class"] > 0.9
     with torch.no_grad():
         model.target_encoder.patch_embed.proj.weight.zero_()  # features of position alone
-    dead = metrics.collapse_meters(model, [(clips, masks)], labels)
+    dead = metrics.collapse_meters(model, [(clips, masks, labels)])
     assert dead["std_clips"] < 1e-3 and dead["std_tokens"] > 0.1
     assert math.isinf(dead["relative_loss"]) or dead["relative_loss"] > 10
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import probe
@@ -93,6 +94,45 @@ def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
     scores = probe.probe_all(features[:200], parts[0], features[200:], parts[1], 2, 1.0, seed=0)
     assert all(value > 0.9 for value in scores["there"].values())
     assert all(value < 0.5 for value in scores["absent"].values())
+
+
+CLIP = {"num_frames": 2, "frame_step": 1, "img_size": 16}
+
+
+def write_images(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i % 255, 0, 0)).save(folder / name)
+
+
+def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys):
+    write_images(tmp_path, [f"{label}/{name}.png" for label in "ab" for name in "pqrstu"])
+    (train_set, fit), (_, tested) = probe.open_splits([str(tmp_path)], "test", CLIP)
+    assert sorted(fit + tested) == list(range(12)) and len(tested) == 4
+    assert train_set.labels(tested)["class"].bincount().tolist() == [2, 2]
+    assert "held out" in capsys.readouterr().out
+
+
+def test_groups_are_held_out_whole(tmp_path):
+    write_images(tmp_path, [f"{i}.png" for i in range(9)])
+    lines = ["path,label,group", *(f"{i}.png,{i % 2},g{i // 2}" for i in range(9))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    (clips, fit), (_, tested) = probe.open_splits([str(tmp_path / "list.csv")], "test", CLIP)
+    assert fit and tested
+    assert not {clips.groups[i] for i in fit} & {clips.groups[i] for i in tested}
+
+
+def test_val_serves_where_there_is_no_test_split(tmp_path, capsys):
+    write_images(tmp_path, [f"{part}/{label}/1.png" for part in ("train", "val") for label in "ab"])
+    _, (tested, numbers) = probe.open_splits([str(tmp_path)], "test", CLIP)
+    assert "'val' is used" in capsys.readouterr().out
+    assert all("/val/" in tested.paths[i] for i in numbers) and len(numbers) == 2
+
+
+def test_unlabelled_clips_cannot_be_probed(tmp_path):
+    write_images(tmp_path, ["1.png", "2.png"])
+    with pytest.raises(probe.DataError, match="no labels"):
+        probe.open_splits([str(tmp_path)], "test", CLIP)
 
 
 @pytest.fixture(scope="module")
