@@ -13,7 +13,7 @@ COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder"
 
 def rankme(features):
     """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float())
+    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # not on MPS
     shares = values / values.sum().clamp_min(1e-12) + 1e-12
     return torch.exp(-(shares * shares.log()).sum()).item()
 
@@ -90,7 +90,7 @@ def draw_curves(folder):
                 axis.plot(*zip(*points, strict=True), style, label=label,
                           marker="." if len(points) < 50 else None)
         axis.set(title=title, xlabel="optimizer step")
-        if len(columns) > 1:
+        if len(columns) > 1 and axis.lines:
             axis.legend()
     figure.savefig(folder / "curves.tmp", dpi=100, format="png")
     os.replace(folder / "curves.tmp", folder / "curves.png")

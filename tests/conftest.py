@@ -1,5 +1,7 @@
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,3 +19,31 @@ def golden():
 @pytest.fixture(scope="session")
 def tensors(golden):
     return {name: torch.from_numpy(golden[name]) for name in golden}
+
+
+def write_video(path, frames=40, codec="libx264", pixels="yuv420p", width=64, height=48,
+                stamps=None, options=None, shade=6, form=None):
+    """Frame i is gray of value shade * i, its left half black; stamps are in 1/300 s."""
+    with av.open(path if form else str(path), "w", form) as container:
+        stream = container.add_stream(codec, rate=30, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.codec_context.time_base = Fraction(1, 300)
+        for i in range(frames):
+            image = np.full((height, width, 3), shade * i, np.uint8)
+            image[:, :width // 2] = 0
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = stamps[i] if stamps else 10 * i, Fraction(1, 300)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Class folders with 12 short videos, of which b/3.mp4 is a text file."""
+    for i in range(12):
+        folder = tmp_path / "videos" / "ab"[i // 6]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_video(folder / f"{i % 6}.mp4", 10 + i)
+    (tmp_path / "videos" / "b" / "3.mp4").write_text("not a video")
+    return tmp_path / "videos"

@@ -136,6 +136,21 @@ def test_biases_and_norms_do_not_decay():
     assert len(decayed["params"]) + len(plain["params"]) == len(trained)
 
 
+def test_real_video_trains_and_names_each_unreadable_file_once(videos, tmp_path):
+    whole = (videos / "a/1.mp4").read_bytes()
+    (videos / "a/1.mp4").write_bytes(whole[:len(whole) // 2])
+    (videos / "list.csv").write_text("\n".join(
+        ["path,label", *(f"{c}/{i}.mp4,{c}" for c in "ab" for i in range(6)), "gone.mp4,a"]))
+    for name, data in (("folder", videos), ("list", videos / "list.csv")):
+        result = run(tmp_path, "--name", name, "--data", str(data), "--frame-step", "1",
+                     "--max-bad", "0.5", "--steps", "8")
+        assert result.returncode == 0, result.stderr
+        lines = [line for line in result.stderr.splitlines() if line.startswith("unreadable")]
+        named = sorted(line.split(": ")[1].removeprefix(f"{videos}/") for line in lines)
+        assert named == ["a/1.mp4", "b/3.mp4"] + ["gone.mp4"] * (name == "list")
+        assert all(float(row["loss"]) > 0 for row in metrics(tmp_path, name))
+
+
 @pytest.mark.parametrize("flags, code, says", [
     (["--no-such-flag", "1"], 2, "--no-such-flag"),
     (["--preset", "huge"], 2, "invalid choice: 'huge'"),
