@@ -61,6 +61,8 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
+    """Pre-norm block: the query (1, 1, D) looks at tokens (B, N, D) -> (B, 1, D)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -74,6 +76,8 @@ class CrossAttentionBlock(nn.Module):
 
 
 class AttentivePooler(nn.Module):
+    """All tokens into one vector by a learned query: (B, N, D) -> (B, D)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
@@ -134,6 +138,7 @@ def knn_predict(train, labels, test, k=10):
 
 
 def accuracy(predicted, labels):
+    """Share of equal entries: (n,), (n,) -> float in 0..1."""
     return (predicted == labels).float().mean().item()
 
 
@@ -295,10 +300,6 @@ def probe_all(train, train_labels, test, test_labels, num_heads, fraction, seed)
     return results
 
 
-def with_labels(dataset, features, numbers):
-    return features, dataset.labels(numbers)
-
-
 def print_table(results):
     """results as in probe.json."""
     print(f"{'':22}" + "".join(f"{heading:>16}" for heading in COLUMNS.values()))
@@ -346,10 +347,12 @@ def main(args):
     scores, device = {}, pick_device(args.device)
     for view, encoder in (("trained", trained), ("random_init", untrained), ("one_frame", trained)):
         encoder.to(device)
-        (train, train_labels), (test, test_labels) = (
-            with_labels(dataset, *encode(encoder, dataset, numbers, args.batch_size, args.workers,
-                                         view == "one_frame", f"encoding, {view}"))
-            for dataset, numbers in parts)
+        encoded = []
+        for dataset, numbers in parts:
+            features, kept = encode(encoder, dataset, numbers, args.batch_size, args.workers,
+                                    view == "one_frame", f"encoding, {view}")
+            encoded.append((features, dataset.labels(kept)))
+        (train, train_labels), (test, test_labels) = encoded
         jobs = [(fraction, seed) for fraction in (1.0, 0.1) for seed in range(args.seeds)
                 if fraction == 1 or view != "one_frame"]
         for fraction, seed in tqdm(jobs, f"probes, {view}", leave=False, disable=None):

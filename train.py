@@ -14,6 +14,7 @@ processes changes what is learned.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -180,6 +181,7 @@ def build_optimizer(model, config):
 
 
 def set_schedules(optimizer, lr, weight_decay):
+    """Learning rate for both groups of build_optimizer, weight decay for the first."""
     for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
         group.update(lr=lr, weight_decay=decay)
 
@@ -218,7 +220,8 @@ def resume(folder, model, optimizer, config):
         raise ValueError(f"{folder} was made with {'; '.join(differing)}: pass another --name, or "
                          "--restart to begin it anew")
     load_networks(model, checkpoint, folder)
-    optimizer.load_state_dict(checkpoint["opt"])
+    # A copy, as loaded tensors are views of the file, which will be deleted.
+    optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))
     return checkpoint["step"]
 
 
@@ -358,6 +361,7 @@ def main(config, name, restart=False):
 
 
 def millions(module):
+    """A module's parameters, as text."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
 
 
