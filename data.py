@@ -25,20 +25,13 @@ from tqdm import tqdm
 
 from sources import find_entries, number_labels
 from synthetic import Synthetic
-from video import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataError,
-    bench,
-    describe,
-    normalise,
-    random_crop,
-    read_clip,
-    short_side,
-)
+from video import (IMAGENET_MEAN, IMAGENET_STD, DataError, bench, describe, normalise, random_crop,
+                   read_clip, short_side)
 
 
 class Batch(NamedTuple):
+    """What a data set gives for a list of sample numbers."""
+
     clips: torch.Tensor  # (B, 3, T, H, W) float32 normalised; or (B, views, segments, 3, T, H, W)
     numbers: torch.Tensor  # (B,) int64 sample numbers
     bad: list[str]  # a line 'path: reason' for each unreadable file met
@@ -110,6 +103,7 @@ class VideoClips(Dataset):
         return {"class": self.class_numbers[torch.as_tensor(numbers)]} if self.classes else {}
 
     def caption(self, number):
+        """What to write beside file number's pictures."""
         name = Path(self.paths[number]).name
         return f"{self.classes[self.class_numbers[number]]}\n{name}" if self.classes else name
 
@@ -218,9 +212,10 @@ class BadFiles:
         allowed = self.max_bad * min(self.total, max(self.tried, 1000))
         if len(self.paths) > max(3 if self.max_bad else 0, allowed):
             raise DataError(f"{len(self.paths)} unreadable files, listed above, are more than "
-                            f"{self.max_bad:.1%} of the data; mend them or allow more")
+                            f"{self.max_bad:.1%} of the data: mend them, or raise --max-bad")
 
     def summary(self):
+        """Print how many there were, if any."""
         if self.paths:
             print(f"unreadable {len(self.paths)} files of {min(self.tried, self.total)} tried")
 

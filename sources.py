@@ -15,6 +15,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 class Entry(NamedTuple):
+    """One clip, and what its source says about it."""
+
     path: str
     label: str | None = None
     name: str | None = None  # the class's, where the label is a number

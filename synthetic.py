@@ -84,10 +84,12 @@ class Synthetic(torch.utils.data.Dataset):
         return {"motion": motion, "appearance": appearance}
 
     def caption(self, number):
+        """What to write beside clip number's pictures."""
         _, motion, shape = self.draw_labels(number)
         return f"{MOTIONS[motion]}\n{SHAPES[shape]}"
 
     def summary(self):
+        """Lines about what there is."""
         yield f"synthetic: endless clips, {len(self)} labelled ones in '{self.split}'"
         yield f"8 motions: {', '.join(MOTIONS)}"
         yield f"8 appearances: {', '.join(SHAPES)}"
