@@ -152,13 +152,15 @@ def pick_device(name):
 
 
 @torch.no_grad()
-def encode(encoder, dataset, numbers, batch_size, workers=0, one_frame=False, title=None):
+def encode(encoder, dataset, numbers, bad_files, batch_size, workers=0, one_frame=False,
+           title=None):
     """Frozen features of the clips of these numbers: (n, N, D) float32, on the CPU, and the n
-    numbers that could be read. one_frame: show the middle frame of each clip, repeated.
+    numbers that could be read. bad_files: data.BadFiles, names the others; one_frame: show the
+    middle frame of each clip, repeated.
     """
     device = next(encoder.parameters()).device
     batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
-    bad_files, features, kept = BadFiles(total=len(numbers)), [], []
+    features, kept = [], []
     for batch in tqdm(loader(dataset, batches, workers), title, len(batches), leave=False,
                       disable=None):
         bad_files.report(batch)
@@ -345,12 +347,13 @@ def main(args):
           f"{len(parts[1][1])} to test on", flush=True)
 
     scores, device = {}, pick_device(args.device)
+    bad_files = BadFiles(args.max_bad, total=sum(len(numbers) for _, numbers in parts))
     for view, encoder in (("trained", trained), ("random_init", untrained), ("one_frame", trained)):
         encoder.to(device)
         encoded = []
         for dataset, numbers in parts:
-            features, kept = encode(encoder, dataset, numbers, args.batch_size, args.workers,
-                                    view == "one_frame", f"encoding, {view}")
+            features, kept = encode(encoder, dataset, numbers, bad_files, args.batch_size,
+                                    args.workers, view == "one_frame", f"encoding, {view}")
             encoded.append((features, dataset.labels(kept)))
         (train, train_labels), (test, test_labels) = encoded
         jobs = [(fraction, seed) for fraction in (1.0, 0.1) for seed in range(args.seeds)
@@ -383,6 +386,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, help="probe seeds")
     parser.add_argument("--num-heads", type=int, help="where the checkpoint does not tell them")
     parser.add_argument("--batch-size", type=int, default=50, help="clips encoded at a time")
+    parser.add_argument("--max-bad", type=float, default=0.05, help="share of unreadable files")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode clips")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     try:

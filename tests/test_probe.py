@@ -182,3 +182,16 @@ def test_bad_input_is_one_clear_line(flags, says, tmp_path):
     result = run(tmp_path, *flags)
     assert result.returncode == 1
     assert says in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_real_video_is_probed_and_unreadable_files_are_named_once(videos, tmp_path):
+    flags = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --num-heads 2 "
+             "--predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 1 --meter-clips 8 "
+             f"--frame-step 1 --data {videos} --name real")
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags.split()], cwd=tmp_path,
+                   check=True, capture_output=True)
+    result = run(tmp_path, "--seeds", "1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("b/3.mp4") == 1
+    results = json.loads((tmp_path / "runs/real/probe.json").read_text())
+    assert set(results) == {"class"} and 0 <= results["class"]["linear"]["trained"] <= 1
