@@ -33,7 +33,7 @@ def collapse_meters(model, batches):
     targets, losses, labels = [], [], {}
     for clips, masks, batch_labels in batches:
         targets.append(model.targets(clips).float())
-        losses.append(model(clips, masks).float())
+        losses.append(model.loss(clips, masks, targets[-1]).float())
         for kind, values in batch_labels.items():
             labels.setdefault(kind, []).append(values.to(clips.device))
     targets = torch.cat(targets)  # (clips, N, D)

@@ -236,15 +236,19 @@ class VJEPA(nn.Module):
         """Predict the features at `target` (B, Kt) from the tokens at `context` (B, Kc)."""
         return self.predictor(self.encoder(clips, context), context, target, mask_index)
 
-    def forward(self, clips, masks):
-        """The training loss: L1 over masked positions and features, averaged over the mask sets.
+    def loss(self, clips, masks, targets):
+        """L1 over masked positions and features, averaged over the mask sets.
 
-        clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64.
+        clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64;
+        targets: (B, N, D) -> scalar.
         """
-        targets = self.targets(clips)  # (B, N, D)
         losses = [F.l1_loss(self.predict(clips, context, target, i), gather_tokens(targets, target))
                   for i, (context, target) in enumerate(masks)]
         return torch.stack(losses).mean()
+
+    def forward(self, clips, masks):
+        """The training loss of a batch; arguments as in `loss`."""
+        return self.loss(clips, masks, self.targets(clips))
 
     @classmethod
     def from_checkpoint(cls, path, **overrides):
