@@ -7,7 +7,7 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
