@@ -87,8 +87,8 @@ class Config:
     meter_clips: int = flag(128, "clips that the meters look at")
     max_bad: float = flag(0.05, "share of unreadable files above which the run stops")
     save_every: int = flag(500, "steps between checkpoints")
-    micro_batch: int = flag(0, "clips a process takes at a time; 0: its whole share of the batch")
-    workers: int = flag(0, "processes that decode clips, for each training process")
+    micro_batch: int = flag(24, "clips a process takes at a time; 0: its whole share of the batch")
+    workers: int = flag(-1, "decoding processes a training process; -1: one a core, at most 8")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     precision: str = flag("auto", "fp32 or bf16; auto: bf16 on CUDA, else fp32")
 
@@ -100,14 +100,16 @@ PRESETS = {
     "tiny": Config(
         img_size=40, num_frames=8, frame_step=2, patch_size=8, embed_dim=96, depth=4, num_heads=3,
         predictor_dim=96, predictor_depth=4, init_std=0.0, steps=2000, batch_size=32, lr_start=1e-4,
-        lr=1e-3, meter_every=250, meter_clips=512, workers=1),
+        lr=1e-3, meter_every=250, meter_clips=512, micro_batch=0, workers=1),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=96, predictor_depth=4,
-        init_std=0.0, steps=2000, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=200),
+        init_std=0.0, steps=2000, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=200,
+        micro_batch=0),
     "vitb16": Config(embed_dim=768, depth=12, num_heads=12),
     "vitl16": Config(),
     "vith16": Config(embed_dim=1280, depth=32),
-    "vith16_384": Config(embed_dim=1280, depth=32, img_size=384, batch_size=2400),
+    "vith16_384": Config(embed_dim=1280, depth=32, img_size=384, batch_size=2400,
+                         micro_batch=12),
 }
 
 
@@ -239,11 +241,13 @@ def main(config, name, restart=False):
 
     if config.batch_size % world:
         raise ValueError(f"--batch-size {config.batch_size} is not divisible by {world} processes")
-    micro = config.micro_batch or config.batch_size // world
-    accumulate, rest = divmod(config.batch_size // world, micro)
+    share = config.batch_size // world
+    micro = min(config.micro_batch or share, share)
+    accumulate, rest = divmod(share, micro)
     if rest:
-        raise ValueError(f"--micro-batch {micro} does not divide the {config.batch_size // world} "
-                         f"clips that each of {world} processes takes of --batch-size")
+        raise ValueError(f"--micro-batch {micro} does not divide the {share} clips that each of "
+                         f"{world} processes takes of --batch-size {config.batch_size}")
+    workers = config.workers if config.workers >= 0 else min(8, (os.cpu_count() or 1) // world)
     total = round(config.steps * config.schedule_stretch)
     momentum_at = partial(ema.momentum_at, total_steps=total, start=config.momentum_start,
                           end=config.momentum_end, schedule=config.momentum_schedule)
@@ -273,7 +277,7 @@ def main(config, name, restart=False):
     batches = iter(loader(dataset, (
         list(range(first, first + micro)) for step in range(start, config.steps)
         for part in range(accumulate)
-        for first in [step * config.batch_size + (part * world + rank) * micro]), config.workers,
+        for first in [step * config.batch_size + (part * world + rank) * micro]), workers,
         pin_memory=device.type == "cuda"))
     bad_files = BadFiles(config.max_bad, len(dataset))
     parallel = model
@@ -341,7 +345,7 @@ def main(config, name, restart=False):
 
         if rank == 0:
             done, last = step + 1, step + 1 == config.steps
-            meters = look_at_meters() if last or done % config.meter_every == 0 else {}
+            meters = look_at_meters() if done % config.meter_every == 0 else {}
             metrics.writerow({"step": done, "loss": loss.item(), "lr": lr, "momentum": momentum,
                               "weight_decay": weight_decay, "grad_norm_encoder": norms[0],
                               "grad_norm_predictor": norms[1], **meters})
@@ -349,6 +353,7 @@ def main(config, name, restart=False):
             if meters:
                 tqdm.write(f"step {done:5d}  loss {loss.item():.3f}  " + "  ".join(
                     f"{meter} {value:.3g}" for meter, value in meters.items()))
+            if meters or last:
                 draw_curves(folder)
             if last or done % config.save_every == 0:
                 save_checkpoint(folder, done, model, optimizer, config)
