@@ -99,7 +99,7 @@ FREE = {"save_every", "micro_batch", "workers", "device", "precision"}
 PRESETS = {
     "tiny": Config(
         img_size=40, num_frames=8, frame_step=2, patch_size=8, embed_dim=96, depth=4, num_heads=3,
-        predictor_dim=96, predictor_depth=4, init_std=0.0, steps=2000, batch_size=32, lr_start=1e-4,
+        predictor_dim=96, predictor_depth=4, init_std=0.0, steps=1700, batch_size=32, lr_start=1e-4,
         lr=1e-3, meter_every=250, meter_clips=512, micro_batch=0, workers=1),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=96, predictor_depth=4,
