@@ -204,10 +204,11 @@ def open_splits(source, split, clip):
 
 
 def split_for_validation(labels, generator):
-    """A fifth of each class for validation: (n,) -> two index tensors."""
+    """A fifth of each class for validation, at least one clip in all: (n,) -> two index tensors."""
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]  # by class, at random within
-    held_out = torch.arange(len(order)) % 5 == 4
+    every = min(5, len(order))
+    held_out = torch.arange(len(order)) % every == every - 1
     return order[~held_out], order[held_out]
 
 

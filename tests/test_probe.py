@@ -81,6 +81,8 @@ def test_validation_clips_are_a_fifth_of_each_class_and_apart_from_the_rest():
     fit, val = probe.split_for_validation(labels, torch.Generator().manual_seed(0))
     assert len(val) == 40 and labels[val].bincount().tolist() == [8] * 5
     assert sorted([*fit.tolist(), *val.tolist()]) == list(range(200))
+    fit, val = probe.split_for_validation(torch.tensor([0, 0, 1, 1]), torch.Generator())
+    assert len(fit) == 3 and len(val) == 1
 
 
 def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
