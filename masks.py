@@ -139,7 +139,7 @@ def main():
             batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=0) for i in range(20)]
             kept = torch.cat([context.flatten() for context, _ in batches])
             counts = torch.bincount(kept // 196, minlength=8) / 480
-            name = "batch-truncated (release)" if truncate else "fixed size"
+            name = "release" if truncate else "fixed size"
             print(f"{title}, {name}:", *(f"{count:5.1f}" for count in counts))
             row[5].plot(range(8), counts, style, label=name)
             if truncate:
@@ -152,8 +152,8 @@ def main():
                 axis.imshow(image.reshape(14, 14), cmap="cividis", vmin=0, vmax=2)
                 axis.set(title=f"time step {step}", xticks=[], yticks=[])
         row[0].set_ylabel(title)
-        row[5].set(title="context tokens per time step", xlabel="time step", ylim=0)
-    axes[1, 5].legend(fontsize=8)
+        row[5].set(title="context tokens kept", xlabel="time step", ylim=0)
+    axes[0, 5].legend(loc="upper right", fontsize=8)
     figure.suptitle("One clip's masks: yellow = target, grey = context, dark blue = neither. "
                     "Blocks span all time.")
     Path("out").mkdir(exist_ok=True)
