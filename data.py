@@ -11,6 +11,7 @@ its flip. So a resumed run, or one with more processes, sees the clips it would 
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 from functools import lru_cache, partial
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 from sources import find_entries, number_labels
 from synthetic import Synthetic
-from video import (IMAGENET_MEAN, IMAGENET_STD, DataError, bench, describe, normalise, random_crop,
-                   read_clip, short_side)
+from video import (IMAGENET_MEAN, IMAGENET_STD, DataError, bench, describe, frame_files, normalise,
+                   random_crop, read_clip, short_side)
 
 
 class Batch(NamedTuple):
@@ -101,6 +102,24 @@ class VideoClips(Dataset):
     def labels(self, numbers):
         """Sample numbers (B,) of evaluation -> {"class": (B,) int64}, {} without labels."""
         return {"class": self.class_numbers[torch.as_tensor(numbers)]} if self.classes else {}
+
+    @property
+    def class_names(self):
+        """{"class": names in the order of their numbers}, {} without labels."""
+        return {"class": self.classes} if self.classes else {}
+
+    def path(self, number):
+        """Where file number lies."""
+        return self.paths[number]
+
+    def identity(self):
+        """Text that changes with the files, and with how clips are cut out of them."""
+        files = [file for path in self.paths
+                 for file in (frame_files(path) if os.path.isdir(path) else [path])]
+        stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+        stamps = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return str((files, stamps, self.request, self.img_size, self.train, self.seed,
+                    self.protocol))
 
     def caption(self, number):
         """What to write beside file number's pictures."""

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from probe import accuracy, knn_predict, standardise
+from heads import accuracy, knn_predict, standardise
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
            "grad_norm_predictor", "std_clips", "std_tokens", "rankme", "relative_loss"]

@@ -58,6 +58,7 @@ class Synthetic(torch.utils.data.Dataset):
 
     name = "synthetic"
     groups = None
+    class_names = {"motion": MOTIONS, "appearance": SHAPES}
     splits = {"train": 2000, "val": 1000, "test": 1000}  # labelled clips; pretraining takes more
 
     def __init__(self, num_frames, img_size, seed=0, split="train", noise=0.6, texture=0.3):
@@ -82,6 +83,15 @@ class Synthetic(torch.utils.data.Dataset):
         pairs = [self.draw_labels(number)[1:] for number in numbers]
         motion, appearance = torch.tensor(pairs).unbind(1)
         return {"motion": motion, "appearance": appearance}
+
+    def path(self, number):
+        """A name for clip number, in place of a file's."""
+        return f"synthetic/{self.seed}/{self.split}/{number}"
+
+    def identity(self):
+        """Text that changes with the clips."""
+        return str((self.num_frames, self.img_size, self.seed, self.split, self.noise,
+                    self.texture))
 
     def caption(self, number):
         """What to write beside clip number's pictures."""

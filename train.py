@@ -51,9 +51,11 @@ class Config:
     """Everything that a run depends on. The defaults are the paper's ViT-L/16."""
 
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
+    data_weights: list[float] = flag([], "how often each of --data is drawn from; as often as large")
     img_size: int = flag(224, "height and width of a clip, pixels")
     num_frames: int = flag(16, "frames a clip")
     frame_step: int = flag(4, "take every n-th frame of a video")
+    fps: float = flag(0.0, "frames a second to take instead; 0: by --frame-step")
     patch_size: int = flag(16, "height and width of a tubelet, pixels")
     tubelet_size: int = flag(2, "frames a tubelet")
     embed_dim: int = flag(1024, "encoder width")
@@ -258,7 +260,10 @@ def main(config, name, restart=False):
     optimizer = build_optimizer(model, config)
     clip = {"num_frames": config.num_frames, "frame_step": config.frame_step,
             "img_size": config.img_size, "seed": config.seed, "split": "train"}
-    dataset = open_data(config.data, **clip, train=True)
+    if config.fps:
+        clip["fps"] = config.fps
+    weights = {"weights": config.data_weights} if config.data_weights else {}
+    dataset = open_data(config.data, **clip, **weights, train=True)
     meter_set = open_data(config.data, **clip, train=False)
 
     if world > 1:
