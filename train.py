@@ -51,7 +51,7 @@ class Config:
     """Everything that a run depends on. The defaults are the paper's ViT-L/16."""
 
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
-    data_weights: list[float] = flag([], "how often each of --data is drawn from; as often as large")
+    data_weights: list[float] = flag([], "how often each of --data is drawn from")
     img_size: int = flag(224, "height and width of a clip, pixels")
     num_frames: int = flag(16, "frames a clip")
     frame_step: int = flag(4, "take every n-th frame of a video")
@@ -104,8 +104,8 @@ PRESETS = {
         predictor_dim=96, predictor_depth=4, init_std=0.0, steps=1700, batch_size=32, lr_start=1e-4,
         lr=1e-3, meter_every=250, meter_clips=512, micro_batch=0, workers=1),
     "small": Config(
-        img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=96, predictor_depth=4,
-        init_std=0.0, steps=2000, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=200,
+        img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
+        init_std=0.0, steps=1000, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=100,
         micro_batch=0),
     "vitb16": Config(embed_dim=768, depth=12, num_heads=12),
     "vitl16": Config(),
