@@ -12,6 +12,7 @@ its flip. So a resumed run, or one with more processes, sees the clips it would 
 import argparse
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from functools import lru_cache, partial
@@ -242,11 +243,13 @@ class BadFiles:
 def loader(dataset, batches, num_workers=0, pin_memory=False):
     """Iterate over Batches, one for each list of sample numbers in `batches`, which may be endless.
 
-    Workers read ahead, each on one thread. Raises DataError.
+    Workers read ahead, each on one thread. Nothing is drawn from torch's global random state.
+    Raises DataError.
     """
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
-                              collate_fn=_as_batch, pin_memory=pin_memory)
+                              collate_fn=_as_batch, pin_memory=pin_memory,
+                              worker_init_fn=_leave_signals, generator=torch.Generator())
         return
     except DataError as error:  # a worker's has its traceback for a text
         message = str(error).strip().split("DataError: ")[-1]
@@ -256,6 +259,12 @@ def loader(dataset, batches, num_workers=0, pin_memory=False):
 
 def _as_batch(batch):
     return Batch(*batch)
+
+
+def _leave_signals(worker):
+    # Ctrl-C reaches a whole group of processes, but what to do is the main one's decision.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def contact_sheet(dataset, file, rows=8, columns=8):

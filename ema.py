@@ -40,9 +40,11 @@ def update(target, online, momentum):
     """target <- momentum * target + (1 - momentum) * online, in place, in one fused call.
 
     target, online: modules of the same architecture. Parameters and floating buffers are averaged;
-    integer buffers (counters) are copied.
+    integer buffers (counters) are copied. Of sharded weights each process averages its own slice.
     """
-    pairs = list(zip(target.state_dict().values(), online.state_dict().values(), strict=True))
+    states = [[value.to_local() if hasattr(value, "to_local") else value
+               for value in module.state_dict().values()] for module in (target, online)]
+    pairs = list(zip(*states, strict=True))
     averaged = [(t, o) for t, o in pairs if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in averaged], [o for _, o in averaged], 1 - momentum)
     for t, o in pairs:

@@ -50,59 +50,58 @@ class MultiBlockMask:
             raise ValueError(
                 f"context_ratio {context_ratio:g} and target_ratio {target_ratio:g} of {num_tokens}"
                 f" tokens are {self.num_context} and {self.num_targets}; both need at least 1")
-        rng = np.random.default_rng(0)
-        tries = [self.draw_frame(rng, self.draw_block_size(rng)) for _ in range(500)]
-        if sum(self.is_enough(visible) for visible in tries) < len(tries) // 100:
-            shares = [visible.mean() for visible in tries]
+        tries = self.draw_frames(500 * [np.random.default_rng(0)])
+        if self.is_enough(tries).mean() < 0.01:
+            shares = tries.mean(axis=(1, 2))
             raise ValueError(
                 f"{num_blocks} blocks of {spatial_scale:g} of a {self.grid[1]}x{self.grid[2]} "
-                f"frame leave {min(shares):.0%} to {max(shares):.0%} visible, but context_ratio "
+                f"frame leave {shares.min():.0%} to {shares.max():.0%} visible, but context_ratio "
                 f"{context_ratio:g} and target_ratio {target_ratio:g} need {context_ratio:.0%} to "
                 f"{1 - target_ratio:.0%}: change num_blocks, spatial_scale, or ratios")
 
-    def draw_block_size(self, rng):
-        """Height and width of a block, in tokens, at least 1 and at most the frame's."""
-        _, H, W = self.grid
-        area, aspect = int(self.spatial_scale * H * W), rng.uniform(*self.aspect_ratio)
-        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        return min(max(h, 1), H), min(max(w, 1), W)
+    def draw_frames(self, rngs, aspect=None):
+        """One frame's mask for each clip: bool (B, H', W'), True where a token is visible.
 
-    def draw_frame(self, rng, block_size):
-        """One frame's mask: bool (H', W'), True where a token is visible."""
+        rngs: B generators, each clip's own; aspect: all blocks' height / width, else one a clip.
+        """
         _, H, W = self.grid
-        h, w = block_size
-        visible = np.ones((H, W), dtype=bool)
-        rows = rng.integers(H - h + 1, size=self.num_blocks)
-        columns = rng.integers(W - w + 1, size=self.num_blocks)
-        for row, column in zip(rows, columns, strict=True):
-            visible[row:row + h, column:column + w] = False
-        return visible
+        draws = np.array([rng.random(1 + 2 * self.num_blocks) for rng in rngs])[:, :, None]
+        if aspect is None:
+            low, high = self.aspect_ratio
+            aspect = low + (high - low) * draws[:, :1]
+        area = int(self.spatial_scale * H * W)
+        h = np.rint(np.sqrt(area * aspect)).clip(1, H)  # (B, 1, 1): a clip's blocks are all alike
+        w = np.rint(np.sqrt(area / aspect)).clip(1, W)
+        top, left = np.split(draws[:, 1:], 2, axis=1)  # (B, blocks, 1)
+        top, left = np.floor(top * (H - h + 1)), np.floor(left * (W - w + 1))
+        rows, columns = np.arange(H), np.arange(W)
+        in_rows = (top <= rows) & (rows < top + h)  # (B, blocks, H'): the rows a block covers
+        in_columns = (left <= columns) & (columns < left + w)
+        # This product of bools is True where any block covers both the row and the column.
+        return ~(in_rows.transpose(0, 2, 1) @ in_columns)
 
     def is_enough(self, visible):
-        """Whether a frame's mask leaves and covers as many tokens as are to be kept."""
+        """Whether each frame's mask leaves and covers as many tokens as are to be kept."""
         T, H, W = self.grid
-        num_visible = T * int(visible.sum())
-        if self.truncate:
-            return 0 < num_visible < T * H * W
-        return self.num_context <= num_visible <= T * H * W - self.num_targets
+        context, targets = (1, 1) if self.truncate else (self.num_context, self.num_targets)
+        num_visible = T * visible.sum(axis=(1, 2))
+        return (context <= num_visible) & (num_visible <= T * H * W - targets)
 
-    def sample_one(self, sample_id, seed, block_size=None):
-        """One clip's context and target indices, int64, sorted."""
-        rng = np.random.default_rng([seed, sample_id])
-        for _ in range(MAX_TRIES):
-            visible = self.draw_frame(rng, block_size or self.draw_block_size(rng))
-            if self.is_enough(visible):
-                break
+    def pick(self, tokens, count, rngs):
+        """From bool (B, N), `count` of the True tokens of each row: sorted indices (B, count).
+
+        Each True token gets a rank, at random; those with a rank below `count` are picked.
+        """
+        B, N = tokens.shape
+        sizes = tokens.sum(axis=1)
+        if self.truncate:  # ranked in token order; as many as the batch's shortest row has
+            count, ranks = sizes.min(), [np.arange(size) for size in sizes]
         else:
-            raise ValueError(f"no usable mask in {MAX_TRIES} tries: lower num_blocks, now "
-                             f"{self.num_blocks}, spatial_scale, now {self.spatial_scale:g}, or "
-                             "the ratios")
-        visible = np.broadcast_to(visible, self.grid).ravel()  # (N,): every block spans all time
-        context, targets = np.flatnonzero(visible), np.flatnonzero(~visible)
-        if not self.truncate:
-            context = np.sort(rng.choice(context, self.num_context, replace=False, shuffle=False))
-            targets = np.sort(rng.choice(targets, self.num_targets, replace=False, shuffle=False))
-        return context, targets
+            ranks = [rng.permutation(size) for rng, size in zip(rngs, sizes, strict=True)]
+        picked = tokens.copy()
+        picked[tokens] = np.concatenate(ranks) < count
+        indices = np.flatnonzero(picked).reshape(B, count)  # numbered through the whole batch
+        return torch.from_numpy(indices - N * np.arange(B)[:, None])
 
     def sample(self, sample_ids, seed):
         """Masks for a batch; the same sample number and seed give the same mask in any batch.
@@ -110,15 +109,27 @@ class MultiBlockMask:
         sample_ids: B non-negative ints; seed: non-negative int
         -> context (B, Kc), targets (B, Kt): int64 token indices, sorted.
         """
-        sample_ids = [int(sample_id) for sample_id in sample_ids]
-        size = None
+        T, H, W = self.grid
+        # A generator for each clip: SFC64, seeded with 32-bit words, is the quickest.
+        seeds = np.array([(seed, int(sample_id)) for sample_id in sample_ids], dtype=np.uint64)
+        rngs = [np.random.Generator(np.random.SFC64(words)) for words in seeds.view(np.uint32)]
+        aspect = None
         if self.truncate:
-            size = self.draw_block_size(np.random.default_rng([seed, sample_ids[0], 1]))
-        pairs = [self.sample_one(sample_id, seed, size) for sample_id in sample_ids]
-        # Lengths differ, and lists are cut, only with truncate.
-        context, targets = ([one[:min(map(len, lists))] for one in lists]
-                            for lists in zip(*pairs, strict=True))
-        return torch.from_numpy(np.stack(context)), torch.from_numpy(np.stack(targets))
+            aspect = np.random.default_rng([*seeds[0], 1]).uniform(*self.aspect_ratio)
+        visible = np.empty((len(rngs), H, W), dtype=bool)
+        missing = np.arange(len(rngs))  # the clips that have no usable mask yet
+        for _ in range(MAX_TRIES):
+            visible[missing] = self.draw_frames([rngs[i] for i in missing], aspect)
+            missing = missing[~self.is_enough(visible[missing])]
+            if not len(missing):
+                break
+        else:
+            raise ValueError(f"no usable mask in {MAX_TRIES} tries: lower num_blocks, now "
+                             f"{self.num_blocks}, spatial_scale, now {self.spatial_scale:g}, or "
+                             "the ratios")
+        visible = np.tile(visible.reshape(-1, H * W), T)  # (B, N): every block spans all time
+        return (self.pick(visible, self.num_context, rngs),
+                self.pick(~visible, self.num_targets, rngs))
 
 
 def main():
@@ -136,9 +147,9 @@ def main():
     for row, (title, (blocks, scale, context, target)) in zip(axes, kinds.items(), strict=True):
         for truncate, style in ((None, "o-"), ("batch", "s--")):
             sampler = MultiBlockMask(grid, blocks, scale, (0.75, 1.5), context, target, truncate)
-            batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=0) for i in range(20)]
+            batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=0) for i in range(100)]
             kept = torch.cat([context.flatten() for context, _ in batches])
-            counts = torch.bincount(kept // 196, minlength=8) / 480
+            counts = torch.bincount(kept // 196, minlength=8) / (24 * len(batches))
             name = "release" if truncate else "fixed size"
             print(f"{title}, {name}:", *(f"{count:5.1f}" for count in counts))
             row[5].plot(range(8), counts, style, label=name)

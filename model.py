@@ -11,6 +11,7 @@ Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2
 import copy
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -272,15 +273,15 @@ class CheckpointError(Exception):
 
 
 def load_checkpoint(path):
-    """A checkpoint's dict, on the CPU. path: a file, or a run's folder (its newest *.pt).
+    """A checkpoint's dict, on the CPU. path: a file, or a run's folder, whose newest it is.
 
     Nothing but tensors and plain containers is unpickled. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.pt"))
+        files = sorted(path.glob("checkpoint-*.pt"))
         if not files:
-            raise CheckpointError(f"{path}: no checkpoint (*.pt) in this folder")
+            raise CheckpointError(f"{path}: no checkpoint-*.pt in this folder")
         path = files[-1]
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -288,6 +289,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"refused: more than data is in it, it would call {code[1]}"
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")

@@ -29,20 +29,12 @@ import report
 from data import BadFiles, DataError, open_data
 from features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, encode_batches, extract,
                       open_parts, untrained_encoder)
+from hardware import pick_device
 from heads import AttentiveProbe, accuracy, probe_all
 from model import CheckpointError, load_checkpoint, load_encoder
 
 # Clips for probing are made with a seed that no pretraining run uses, so they are new to every run.
 PROBE_SEED = 1_000_003
-
-
-def pick_device(name):
-    """'auto' -> the best device here; else the one named. Raises ValueError if it is not here."""
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    found.append("cpu")
-    if name not in ("auto", *found):
-        raise ValueError(f"--device {name} is not here; there is {', '.join(found)}")
-    return torch.device(found[0] if name == "auto" else name)
 
 
 def newest_run():

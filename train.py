@@ -8,35 +8,39 @@
         train.py --preset vitl16 --data k710.csv      two nodes: this same line on both
 
 Every field of Config is a flag; --help lists them. A run lives in runs/NAME: config.json,
-metrics.csv, curves.png, checkpoint-STEP.pt. The same command again goes on where the run stopped.
+metrics.csv, curves.png, checkpoint-STEP.pt. The same command again goes on where the run stopped;
+torchrun --max-restarts 3 gives it itself. Ctrl-C and SIGTERM leave a checkpoint before they stop.
 Clips and masks depend on (seed, sample number) alone, so neither a restart nor the number of
 processes changes what is learned.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
+import random
+import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
 import ema
+import hardware
 from data import BadFiles, DataError, loader, open_data
 from masks import MultiBlockMask
-from metrics import collapse_meters, draw_curves, open_metrics
-from model import VJEPA, CheckpointError, load_checkpoint, load_networks
-from probe import pick_device
+from metrics import (MAX_SKIPS, SkippedSteps, collapse_meters, describe, draw_curves,
+                     open_metrics, report)
+from model import VJEPA, CheckpointError, load_networks
 
 
 def flag(default, text):
@@ -92,11 +96,15 @@ class Config:
     micro_batch: int = flag(24, "clips a process takes at a time; 0: its whole share of the batch")
     workers: int = flag(-1, "decoding processes a training process; -1: one a core, at most 8")
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    precision: str = flag("auto", "fp32 or bf16; auto: bf16 on CUDA, else fp32")
+    precision: str = flag("auto", "fp32, bf16 or fp16; auto: fp32, but on CUDA bf16 or else fp16")
+    compile: str = flag("auto", "compile the transformer blocks: on, off; auto: on CUDA")
+    checkpoint_activations: bool = flag(False, "compute activations twice rather than keep them")
+    shard: bool = flag(False, "spread weights and optimizer over the processes (FSDP2)")
 
 
 # What may differ when a run is resumed, because the result does not depend on it.
-FREE = {"save_every", "micro_batch", "workers", "device", "precision"}
+FREE = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
+        "checkpoint_activations", "shard"}
 
 PRESETS = {
     "tiny": Config(
@@ -124,6 +132,10 @@ def parse_args(arguments=None):
     parser.add_argument("--name", help="the run's folder is runs/NAME; default PRESET-seedSEED")
     parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept")
     for f in fields(Config):
+        if f.type is bool:
+            parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"],
+                                action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+            continue
         many = get_origin(f.type) is list
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"],
                             type=get_args(f.type)[0] if many else f.type,
@@ -151,7 +163,8 @@ def weight_decay_at(step, total_steps, config):
 
 def build_model(config):
     """VJEPA, on the CPU, with initial weights that depend on the sizes and the seed only."""
-    torch.manual_seed(config.seed)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(config.seed)
     names = ("img_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth",
              "num_heads", "mlp_ratio", "predictor_dim", "predictor_depth")
     return VJEPA(**{name: getattr(config, name) for name in names},
@@ -181,7 +194,8 @@ def build_optimizer(model, config):
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]},
               {"params": [p for p in trained if p.ndim == 1]}]
-    return torch.optim.AdamW(groups, lr=config.lr_start, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=config.lr_start, betas=(0.9, 0.999), eps=1e-8,
+                             fused=trained[0].device.type in ("cpu", "cuda"))
 
 
 def set_schedules(optimizer, lr, weight_decay):
@@ -190,74 +204,38 @@ def set_schedules(optimizer, lr, weight_decay):
         group.update(lr=lr, weight_decay=decay)
 
 
-def save_checkpoint(folder, step, model, optimizer, config):
-    """Write folder/checkpoint-STEP.pt; a crash at any moment leaves it whole or not there.
-
-    No random state is in it: nothing after the initial weights is drawn from a global generator.
-    """
-    path = folder / f"checkpoint-{step:07d}.pt"
-    temporary = path.with_suffix(".tmp")
-    networks = {name: getattr(model, name).state_dict()
-                for name in ("encoder", "predictor", "target_encoder")}
-    with open(temporary, "wb") as file:
-        torch.save({**networks, "opt": optimizer.state_dict(), "step": step,
-                    "num_heads": config.num_heads, "config": asdict(config)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
-        old.unlink()
+def give_up(folder, rank, dataset, samplers, suspects, seed, step):
+    """Dump the first micro-batch under suspicion, made once more, and raise FloatingPointError."""
+    if suspects:
+        numbers = suspects[0]
+        torch.save({"clips": dataset.__getitems__(numbers)[0], "numbers": numbers, "step": step,
+                    "masks": sample_masks(samplers, numbers, seed, "cpu")},
+                   folder / (f"nonfinite-{rank}.pt" if rank else "nonfinite.pt"))
+    raise FloatingPointError(f"{MAX_SKIPS} steps in a row skipped, the last {step}, as loss or "
+                             f"gradient is not finite; a batch is in {folder}/nonfinite*.pt: if "
+                             "its clips are sound, lower --lr or --clip-grad")
 
 
-def resume(folder, model, optimizer, config):
-    """Load the run's newest checkpoint, if there is one; return the number of steps done.
-
-    Raises ValueError, naming the fields, where the run was made with another configuration.
-    """
-    if not any(folder.glob("checkpoint-*.pt")):
-        return 0
-    checkpoint = load_checkpoint(folder)
-    old, new = checkpoint["config"], asdict(config)
-    differing = [f"{name} {old.get(name)}, not {new[name]}"
-                 for name in new if name not in FREE and old.get(name) != new[name]]
-    if differing:
-        raise ValueError(f"{folder} was made with {'; '.join(differing)}: pass another --name, or "
-                         "--restart to begin it anew")
-    load_networks(model, checkpoint, folder)
-    # A copy, as loaded tensors are views of the file, which will be deleted.
-    optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))
-    return checkpoint["step"]
-
-
-def main(config, name, restart=False):
+def main(config, name, restart=False, signals=()):
     """One run, from its start or its last checkpoint to its last step; returns the run's folder.
 
-    Raises ValueError, DataError or CheckpointError, with one line, before anything is written.
+    signals: once it holds the number of a signal, a checkpoint is written after the running step,
+    and the process exits with 128 + that number.
+    Raises ValueError, DataError or CheckpointError, with one line, before anything is written;
+    CheckpointError if a checkpoint cannot be written, FloatingPointError if training has diverged.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-    if config.batch_size % world:
-        raise ValueError(f"--batch-size {config.batch_size} is not divisible by {world} processes")
-    share = config.batch_size // world
-    micro = min(config.micro_batch or share, share)
-    accumulate, rest = divmod(share, micro)
-    if rest:
-        raise ValueError(f"--micro-batch {micro} does not divide the {share} clips that each of "
-                         f"{world} processes takes of --batch-size {config.batch_size}")
+    rank, world, device = hardware.place(config.device, config.shard)
+    precision = hardware.pick_precision(config.precision, device)
+    autocast = torch.autocast(device.type, hardware.DTYPES[precision], precision != "fp32")
+    compiled = hardware.pick_compile(config.compile, device, config.mask_truncate)
+    micro, accumulate = hardware.split_batch(config.batch_size, config.micro_batch, world)
     workers = config.workers if config.workers >= 0 else min(8, (os.cpu_count() or 1) // world)
     total = round(config.steps * config.schedule_stretch)
     momentum_at = partial(ema.momentum_at, total_steps=total, start=config.momentum_start,
                           end=config.momentum_end, schedule=config.momentum_schedule)
     momentum_at(0)
-    model = build_model(config).to(device)
-    grid = model.encoder.grid
-    samplers = build_masks(config, grid)
-    optimizer = build_optimizer(model, config)
+    model = build_model(config)
+    samplers = build_masks(config, model.encoder.grid)
     clip = {"num_frames": config.num_frames, "frame_step": config.frame_step,
             "img_size": config.img_size, "seed": config.seed, "split": "train"}
     if config.fps:
@@ -267,34 +245,47 @@ def main(config, name, restart=False):
     meter_set = open_data(config.data, **clip, train=False)
 
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        hardware.join(device)
     folder = Path("runs") / name
     if rank == 0:
-        if restart and folder.exists():
-            kept = (Path(f"{folder}.old{i}") for i in range(1, 1000))
-            folder.rename(next(path for path in kept if not path.exists()))
-        folder.mkdir(parents=True, exist_ok=True)
+        # torchrun repeats the command line when it starts killed processes again.
+        checkpoint.prepare_folder(
+            folder, restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0")
     if world > 1:
         dist.barrier()
-    start = resume(folder, model, optimizer, config)
+    saved = checkpoint.newest(folder, config, FREE, quiet=rank > 0)
+    if saved:
+        load_networks(model, saved, folder)
+    if compiled:
+        hardware.compile_blocks(model, len(samplers))
+    if config.checkpoint_activations:
+        hardware.checkpoint_activations(model)
+    parallel = hardware.parallelise(model, device, world, config.shard)
+    optimizer = build_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    skips, start = SkippedSteps(), 0
+    if saved:
+        checkpoint.restore(saved, optimizer, scaler, skips)
+        start = saved["step"]
 
-    # Clip j of step s has sample number s * batch_size + j, whoever takes it.
-    batches = iter(loader(dataset, (
-        list(range(first, first + micro)) for step in range(start, config.steps)
-        for part in range(accumulate)
-        for first in [step * config.batch_size + (part * world + rank) * micro]), workers,
-        pin_memory=device.type == "cuda"))
+    def numbers_of(step, part):
+        """Clip j of step s has sample number s * batch_size + j, whoever takes it."""
+        first = step * config.batch_size + (part * world + rank) * micro
+        return list(range(first, first + micro))
+
+    batches = loader(dataset, (numbers_of(step, part) for step in range(start, config.steps)
+                               for part in range(accumulate)),
+                     workers, pin_memory=device.type == "cuda")
     bad_files = BadFiles(config.max_bad, len(dataset))
-    parallel = model
-    if world > 1:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
     # Evenly spread, as class folders are in the order of their classes.
     meter_numbers = list(range(0, len(meter_set), max(1, len(meter_set) // config.meter_clips)))
     meter_parts = [meter_numbers[i:i + micro] for i in range(0, len(meter_numbers), micro)]
 
     def look_at_meters():
-        with autocast:
+        # Their last batch may be smaller, for which nothing should be compiled.
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with autocast, eager:
             return collapse_meters(model, (
                 (batch.clips.to(device),
                  sample_masks(samplers, batch.numbers, config.seed, device),
@@ -304,82 +295,103 @@ def main(config, name, restart=False):
     if rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         metrics = open_metrics(folder / "metrics.csv", meter_set.labels([0]), start)
-        masked = [f"{sampler.num_context} -> {sampler.num_targets}" for sampler in samplers]
-        print(f"run         {folder}" + (f", resumed after step {start}" if start else ""),
-              f"data        {' '.join(config.data)}",
-              f"device      {device}, {'bf16' if bf16 else 'fp32'}, {world} process(es)",
-              f"batch       {config.batch_size} clips = {world} processes x {micro} x {accumulate}",
-              f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
-              f"learning rate {config.lr:g}",
-              f"tokens      {math.prod(grid)} {grid}; context -> targets {', '.join(masked)}",
-              f"parameters  encoder {millions(model.encoder)}, predictor "
-              f"{millions(model.predictor)}",
-              sep="\n", flush=True)
+        print(*describe(config, folder, start, model, samplers, device, precision, compiled,
+                        (world, micro, accumulate)), sep="\n", flush=True)
 
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, unit="step",
                disable=None if rank == 0 else True)
+    stop, last_look, since, waited = None, start, time.perf_counter(), 0.0
     for step in bar:
-        lr, weight_decay = lr_at(step + 1, total, config), weight_decay_at(step + 1, total, config)
+        done, momentum = step + 1, momentum_at(step)
+        lr, weight_decay = lr_at(done, total, config), weight_decay_at(done, total, config)
         set_schedules(optimizer, lr, weight_decay)
 
-        loss = torch.zeros((), device=device)
+        losses = []
         for part in range(accumulate):
+            asked = time.perf_counter()
             batch = next(batches)
+            waited += time.perf_counter() - asked
             bad_files.report(batch)
             clips = batch.clips.to(device, non_blocking=True)  # (micro, 3, T, H, W)
             masks = sample_masks(samplers, batch.numbers, config.seed, device)
-            # Processes exchange gradients once a step, with the last micro-batch.
-            exchange = world == 1 or part == accumulate - 1
+            # Processes exchange gradients once a step, with the last micro-batch; but shards every
+            # time, as they have no room for whole gradients.
+            exchange = parallel is model or part == accumulate - 1
             with nullcontext() if exchange else parallel.no_sync():
                 with autocast:
-                    part_loss = parallel(clips, masks) / accumulate
-                part_loss.backward()
-            loss += part_loss.detach()
-        if world > 1:
-            dist.all_reduce(loss)
-            loss /= world
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
-
-        norms = [nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad).item()
+                    loss = parallel(clips, masks) / accumulate
+                scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        scaler.unscale_(optimizer)
+        norms = [hardware.clip_gradients(network, config.clip_grad)
                  for network in (model.encoder, model.predictor)]
-        optimizer.step()
-        optimizer.zero_grad()
-        momentum = momentum_at(step)
-        ema.update(model.target_encoder, model.encoder, momentum)
+        # What one process alone knows, its loss and its signals, all learn here: so all do alike.
+        loss, *norms, stopped, interrupted = hardware.total(
+            [*(value / world for value in (sum(losses), *norms)),
+             signal.SIGTERM in signals, signal.SIGINT in signals], device)
+        stop = signal.SIGTERM if stopped else signal.SIGINT if interrupted else None
 
+        suspects = []
+        if all(map(math.isfinite, (loss, *norms))):
+            scaler.step(optimizer)
+            ema.update(model.target_encoder, model.encoder, momentum)
+        else:  # a loss comes from certain micro-batches; a gradient alone may come from any
+            suspects = [numbers_of(step, part) for part, value in enumerate(losses)
+                        if math.isfinite(loss) or not value.isfinite()]
+        hopeless = skips.report(done, loss, norms, suspects,
+                                scaler.get_scale() if scaler.is_enabled() else None)
+        scaler.update()
+        optimizer.zero_grad()
+
+        look = done % config.meter_every == 0
+        elapsed = time.perf_counter() - since
+        speed = {"clips/s": f"{(done - last_look) * config.batch_size / elapsed:.3g}",
+                 "data wait": f"{waited / elapsed:.0%}"}
+        meters = look_at_meters() if look else {}
         if rank == 0:
-            done, last = step + 1, step + 1 == config.steps
-            meters = look_at_meters() if done % config.meter_every == 0 else {}
-            metrics.writerow({"step": done, "loss": loss.item(), "lr": lr, "momentum": momentum,
+            metrics.writerow({"step": done, "loss": loss, "lr": lr, "momentum": momentum,
                               "weight_decay": weight_decay, "grad_norm_encoder": norms[0],
-                              "grad_norm_predictor": norms[1], **meters})
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if meters:
-                tqdm.write(f"step {done:5d}  loss {loss.item():.3f}  " + "  ".join(
-                    f"{meter} {value:.3g}" for meter, value in meters.items()))
-            if meters or last:
+                              "grad_norm_predictor": norms[1], "skipped": skips.total, **meters})
+            bar.set_postfix(loss=f"{loss:.3f}", **speed, refresh=False)
+            if look:
+                report(folder, done, loss, speed, meters)
+            elif done == config.steps:
                 draw_curves(folder)
-            if last or done % config.save_every == 0:
-                save_checkpoint(folder, done, model, optimizer, config)
+        if look:
+            last_look, since, waited = done, time.perf_counter(), 0.0
+        if hopeless:
+            give_up(folder, rank, dataset, samplers, suspects, config.seed, done)
+        if stop or done == config.steps or done % config.save_every == 0:
+            checkpoint.save(folder, done, model, optimizer, scaler, skips, config)
+        if stop:
+            break
+
+    batches.close()
     if rank == 0:
         bad_files.summary()
-        print(f"done; see {folder}/curves.png, then: python probe.py --checkpoint {folder}")
+        print(f"stopped after step {done}; the same command goes on from there" if stop else
+              f"done; see {folder}/curves.png, then: python probe.py --checkpoint {folder}",
+              file=sys.stderr if stop else sys.stdout)
     if world > 1:
         dist.destroy_process_group()
+    if stop:
+        sys.exit(128 + stop)
     return folder
 
 
-def millions(module):
-    """A module's parameters, as text."""
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
 if __name__ == "__main__":
+    signals = []
+
+    def remember(number, frame):
+        """Let the running step end, for a checkpoint; a second Ctrl-C kills at once."""
+        signals.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    arguments = parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
     try:
-        main(*parse_args())
+        main(*arguments, signals=signals)
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)

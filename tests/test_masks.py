@@ -42,6 +42,54 @@ def test_a_mask_depends_on_sample_number_and_seed_only():
     assert not torch.equal(context[0], sampler.sample([5], seed=3)[0][0])
 
 
+@pytest.mark.parametrize("kind", [SHORT, LONG])
+def test_a_redraw_for_one_clip_changes_no_other_clip_of_the_batch(kind):
+    sampler = MultiBlockMask((8, 14, 14), **kind)
+    rngs = [np.random.default_rng(i) for i in range(60)]
+    assert not sampler.is_enough(sampler.draw_frames(rngs)).all()  # some do need a redraw
+    for whole, alone in zip(sampler.sample(range(60), seed=4),
+                            zip(*(sampler.sample([i], seed=4) for i in range(60)), strict=True),
+                            strict=True):
+        assert torch.equal(whole, torch.cat(alone))
+
+
+def test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn():
+    H, W, num_blocks = 14, 11, 8
+    sampler = MultiBlockMask((2, H, W), **SHORT)
+    frames = sampler.draw_frames([np.random.default_rng(i) for i in range(50)])
+    for i, visible in enumerate(frames):
+        draws = np.random.default_rng(i).random(1 + 2 * num_blocks)
+        aspect, area = 0.75 + 0.75 * draws[0], int(0.15 * H * W)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        expected = np.ones((H, W), dtype=bool)
+        for top, left in zip(draws[1:9], draws[9:], strict=True):
+            row, column = int(top * (H - h + 1)), int(left * (W - w + 1))
+            expected[row:row + h, column:column + w] = False
+        assert np.array_equal(visible, expected)
+
+
+def test_a_block_is_as_likely_in_every_place():
+    sampler = MultiBlockMask((2, 8, 8), num_blocks=1, spatial_scale=0.25, target_ratio=0.2)
+    rng = np.random.default_rng(0)
+    frames = sampler.draw_frames(10_000 * [rng], aspect=1)  # 4x4 blocks, 5x5 places
+    assert ((~frames).sum(axis=(1, 2)) == 16).all()
+    _, counts = np.unique((~frames).reshape(-1, 64).argmax(axis=1), return_counts=True)
+    assert len(counts) == 25 and np.abs(counts - 400).max() < 5 * 400 ** 0.5
+
+
+def test_every_token_and_every_pair_of_tokens_is_picked_equally_often():
+    clips, count = 20_000, 4
+    row = np.array([1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=bool)  # 9 of 14
+    sampler = MultiBlockMask((8, 14, 14))
+    picked = sampler.pick(np.tile(row, (clips, 1)), count, clips * [np.random.default_rng(0)])
+    chosen = torch.zeros(clips, 14).scatter_(1, picked, 1)
+    together = (chosen.T @ chosen / clips).numpy()
+    expected = np.full((9, 9), 4 / 9 * 3 / 8)
+    np.fill_diagonal(expected, 4 / 9)
+    assert np.abs(together[row][:, row] - expected).max() < 5 * (0.25 / clips) ** 0.5
+    assert not together[~row].any()
+
+
 def counts_per_step(context, grid):
     frame = grid[1] * grid[2]
     return np.bincount(context.flatten().numpy() // frame, minlength=grid[0]) / len(context)
@@ -51,9 +99,10 @@ def test_fixed_size_masks_favour_no_time_step_and_ignore_the_batch():
     grid = (8, 14, 14)
     for kind in (SHORT, LONG):
         sampler = MultiBlockMask(grid, **kind)
-        context, _ = sampler.sample(range(600), seed=0)
-        counts = counts_per_step(context, grid)
-        assert np.abs(counts / counts.mean() - 1).max() < 0.03
+        context, targets = sampler.sample(range(600), seed=0)
+        for indices in (context, targets):
+            counts = counts_per_step(indices, grid)
+            assert np.abs(counts / counts.mean() - 1).max() < 0.03
         assert sampler.sample([0], 0)[0].shape[1] == context.shape[1]
 
 
@@ -70,7 +119,7 @@ def test_batch_truncation_reproduces_the_release(kind, alone, context_share, tar
     sampler = MultiBlockMask(grid, **kind, truncate="batch")
     single = [sampler.sample([i], 0)[0].shape[1] / 1568 for i in range(1000)]
     assert abs(np.mean(single) - alone) < 0.012
-    batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=1) for i in range(150)]
+    batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=1) for i in range(600)]
     assert abs(np.mean([c.shape[1] for c, _ in batches]) / 1568 - context_share) < 0.012
     assert abs(np.mean([t.shape[1] for _, t in batches]) / 1568 - target_share) < 0.012
     counts = np.mean([counts_per_step(c, grid) for c, _ in batches], axis=0)
@@ -91,3 +140,11 @@ def test_batch_truncation_reproduces_the_release(kind, alone, context_share, tar
 def test_an_impossible_request_is_an_error_that_says_what_to_change(grid, kind, number):
     with pytest.raises(ValueError, match=number):
         MultiBlockMask(grid, **kind)
+
+
+def test_it_gives_up_when_no_try_is_usable(monkeypatch):
+    sampler = MultiBlockMask((8, 14, 14))
+    monkeypatch.setattr("masks.MAX_TRIES", 20)
+    monkeypatch.setattr(sampler, "is_enough", lambda visible: np.zeros(len(visible), dtype=bool))
+    with pytest.raises(ValueError, match="20 tries"):
+        sampler.sample(range(3), seed=0)

@@ -6,6 +6,7 @@ import torch
 
 import metrics
 import train
+from tests.runs import train_here
 
 
 def test_rank_is_that_of_the_features():
@@ -56,3 +57,48 @@ def test_curves_are_drawn_from_what_is_there(tmp_path):
         writer.writerow({"step": step, "loss": 0.5, "rankme": 9.0 if step == 2 else None})
     metrics.draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def looks(*pairs):
+    rows = [{"step": str(i), "std_clips": "", "rankme": ""} for i in range(len(pairs))]
+    return rows + [{"step": str(100 * i), "std_clips": str(std), "rankme": str(rank)}
+                   for i, (std, rank) in enumerate(pairs)]
+
+
+def test_three_low_looks_in_a_row_warn_once_with_the_usual_causes():
+    sound, flat, narrow = (0.6, 40), (0.2, 40), (0.6, 9)
+    assert metrics.collapse_warning(looks()) is None
+    assert metrics.collapse_warning(looks(flat, flat, sound, flat, narrow)) is None
+    warning = metrics.collapse_warning(looks(sound, flat, narrow, flat))
+    assert "since step 100: " in warning and "\n" not in warning
+    assert all(cause in warning for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
+    assert metrics.collapse_warning(looks(flat, flat, flat, flat)) is None
+    assert metrics.collapse_warning(looks(flat, flat, flat))
+
+
+def test_a_run_that_collapses_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "STD_FLOOR", 10.0)
+    train_here(tmp_path, monkeypatch, "--meter-every", "1")
+    assert capsys.readouterr().err.count("warning: the target encoder") == 1
+    train_here(tmp_path, monkeypatch, "--meter-every", "1")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_skipped_steps_are_counted_until_there_are_ten_in_a_row(capsys):
+    skips = metrics.SkippedSteps()
+
+    def report(loss=1.0, norm=1.0, scale=None):
+        return skips.report(7, loss, [1.0, norm], [[8, 9], [12, 13]], scale)
+    assert not any(report(math.nan) for _ in range(9))
+    assert not report() and skips.in_a_row == 0
+    assert [report(norm=math.inf) for _ in range(10)] == [False] * 9 + [True]
+    assert skips.total == 19
+    assert "step 7 skipped: loss nan, gradient norms 1 and 1; samples 8 to 9, 12 to 13\n" in (
+        capsys.readouterr().err)
+    report()
+    assert not any(report(norm=math.inf, scale=2.0 ** 16) for _ in range(20))
+    assert report(norm=math.inf, scale=1.0) is False and skips.in_a_row == 1
+
+
+def test_rank_of_what_is_not_finite_is_no_number():
+    assert math.isnan(metrics.rankme(torch.full((4, 3), math.inf)))

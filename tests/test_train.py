@@ -1,47 +1,14 @@
-import csv
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import math
 
 import pytest
 import torch
 
+import ema
+import hardware
 import train
-
-ROOT = Path(train.__file__).parent
-FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --num-heads 2 "
-        "--predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 6 --meter-clips 8 "
-        "--meter-every 3 --save-every 2 --device cpu").split()
-
-
-def command(*flags, processes=1):
-    launcher = [] if processes == 1 else [
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *FAST, *flags]
-
-
-def run(folder, *flags, processes=1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*flags, processes=processes), cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=120)
-
-
-def metrics(folder, name):
-    with open(folder / "runs" / name / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def newest(folder, name):
-    return torch.load(sorted((folder / "runs" / name).glob("*.pt"))[-1], weights_only=True)
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+from data import DataError
+from synthetic import Synthetic
+from tests.runs import (FAST, ROOT, metrics, newest, run, same, same_losses, signalled, train_here)
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +30,6 @@ def test_a_run_leaves_metrics_curves_configuration_and_the_last_two_checkpoints(
         assert bool(row["rankme"]) == bool(row["knn_motion"]) == (int(row["step"]) % 3 == 0)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
-    process = subprocess.Popen(command("--name", "whole"), cwd=tmp_path,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    folder = tmp_path / "runs/whole"
-    while process.poll() is None and not list(folder.glob("checkpoint-*.pt")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("6,0.1")  # half a line, as a crash may leave it
-    result = run(tmp_path, "--name", "whole")
-    assert result.returncode == 0, result.stderr
-    assert "resumed after step" in result.stdout
-    assert metrics(tmp_path, "whole") == metrics(uninterrupted, "whole")
-    assert same(newest(tmp_path, "whole"), newest(uninterrupted, "whole"))
-
-
 def test_a_finished_run_is_not_trained_further(uninterrupted):
     before = newest(uninterrupted, "whole")
     result = run(uninterrupted, "--name", "whole")
@@ -98,14 +47,136 @@ def test_another_configuration_for_a_run_is_an_error_and_restart_keeps_the_old(u
     assert newest(uninterrupted, "again.old1")["step"] == 1
 
 
-@pytest.mark.parametrize("processes, flags", [(2, []), (1, ["--micro-batch", "1"]),
-                                              (2, ["--micro-batch", "1"])])
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    result = run(folder, "--name", "two", processes=2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_two_processes_do_not_change_losses(uninterrupted, two_processes):
+    same_losses(metrics(two_processes, "two"), metrics(uninterrupted, "whole"))
+
+
+@pytest.mark.parametrize("processes, flags", [
+    (1, ["--micro-batch", "1"]), (2, ["--micro-batch", "1", "--checkpoint-activations"]), (4, [])])
 def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path, processes, flags):
     result = run(tmp_path, "--name", "split", *flags, processes=processes)
     assert result.returncode == 0, result.stderr
-    expected = metrics(uninterrupted, "whole")
-    for ours, whole in zip(metrics(tmp_path, "split"), expected, strict=True):
-        assert float(ours["loss"]) == pytest.approx(float(whole["loss"]), abs=1e-5)
+    same_losses(metrics(tmp_path, "split"), metrics(uninterrupted, "whole"))
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch cannot, on a CPU")
+def test_a_sharded_run_and_a_whole_one_go_on_from_each_other(uninterrupted, tmp_path):
+    for name, first in (("to-whole", 2), ("to-shards", 1)):
+        # A signal in the third step: the fourth is the last of the first kind.
+        for processes in (first, 3 - first):
+            script = ROOT / "train.py"
+            if processes == first:
+                script = signalled(tmp_path, step=3, rank=0, signal="SIGTERM")
+            flags = ["--shard", "--micro-batch", "1"] if processes == 2 else []
+            result = run(tmp_path, "--name", name, *flags, processes=processes, script=script)
+            assert (result.returncode == 0) == (processes != first), result.stderr
+            assert newest(tmp_path, name)["step"] == (4 if processes == first else 6)
+        same_losses(metrics(tmp_path, name), metrics(uninterrupted, "whole"))
+
+
+def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
+    script = signalled(tmp_path, step=5, rank=1, signal="SIGKILL")
+    result = run(tmp_path, "--name", "killed", "--restart", processes=2, script=script, restarts=3)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 4" in result.stdout
+    assert not (tmp_path / "runs/killed.old1").exists()
+    assert metrics(tmp_path, "killed") == metrics(two_processes, "two")
+    assert same(newest(tmp_path, "killed"), newest(two_processes, "two"))
+
+
+def test_all_processes_stop_at_the_same_step_if_one_gets_a_signal(tmp_path):
+    script = signalled(tmp_path, step=3, rank=1, signal="SIGTERM")
+    result = run(tmp_path, "--name", "run", processes=2, script=script)
+    assert result.returncode != 0 and "exitcode  : 143" in result.stderr
+    # The signal came after the third step's exchange, so that the fourth is the last.
+    assert "stopped after step 4; the same command goes on from there" in result.stderr
+    assert newest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
+
+
+def spoil_clips(patch, numbers):
+    """Have the clips of these sample numbers hold a NaN."""
+    get = Synthetic.__getitems__
+
+    def spoiled(self, wanted):
+        batch = get(self, wanted)
+        for clip, number in zip(batch[0], batch[1].tolist(), strict=True):
+            if self.split == "train" and number in numbers:
+                clip[0, 0, 0, 0] = math.nan
+        return batch
+    patch.setattr(Synthetic, "__getitems__", spoiled)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
+    spoil_clips(monkeypatch, {9})
+    momenta = []
+    monkeypatch.setattr(ema, "update", lambda *arguments: momenta.append(arguments[2]))
+    train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--meter-every", "100")
+    rows = metrics(tmp_path, "run")
+    assert [row["skipped"] for row in rows] == ["0", "0", "1", "1", "1", "1"]
+    assert [math.isfinite(float(row["loss"])) for row in rows] == [1, 1, 0, 1, 1, 1]
+    assert len(momenta) == 5
+    saved = newest(tmp_path, "run")
+    assert saved["skipped"] == 1 and saved["opt"]["state"][0]["step"] == 5
+    error = capsys.readouterr().err
+    assert "step 3 skipped: loss nan" in error and "; samples 8 to 9\n" in error
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch, capsys):
+    clip, calls = hardware.clip_gradients, []
+
+    def clip_gradients(network, limit):
+        calls.append(network)
+        return clip(network, limit) * (math.inf if len(calls) == 4 else 1)
+    monkeypatch.setattr(hardware, "clip_gradients", clip_gradients)
+    train_here(tmp_path, monkeypatch)
+    assert [row["skipped"] for row in metrics(tmp_path, "run")] == list("011111")
+    assert "and inf; samples 4 to 7\n" in capsys.readouterr().err
+
+
+def test_ten_such_steps_in_a_row_stop_the_run_and_dump_a_batch(tmp_path, monkeypatch):
+    spoil_clips(monkeypatch, range(20, 1000))
+    with pytest.raises(FloatingPointError, match="10 steps in a row skipped, the last 15, "):
+        train_here(tmp_path, monkeypatch, "--steps", "40", "--meter-every", "100")
+    assert [row["skipped"] for row in metrics(tmp_path, "run")][-1] == "10"
+    dump = torch.load(tmp_path / "runs/run/nonfinite.pt", weights_only=True)
+    assert dump["step"] == 15 and dump["numbers"] == [56, 57, 58, 59]
+    assert dump["clips"].isnan().any() and len(dump["masks"]) == 2
+    assert newest(tmp_path, "run")["opt"]["state"][0]["step"] == 5
+
+
+def test_processes_skip_the_same_step(tmp_path):
+    script = tmp_path / "spoiled.py"
+    script.write_text(f"import runpy, sys, pytest\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      "from tests.test_train import spoil_clips\n"
+                      "spoil_clips(pytest.MonkeyPatch(), [6])\n"
+                      f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    for name, flags in (("ddp", []), ("shard", ["--shard"])):
+        if flags and not hasattr(torch.cpu.Stream, "record_event"):
+            continue
+        result = run(tmp_path, "--name", name, *flags, processes=2, script=script)
+        assert result.returncode == 0, result.stderr
+        assert [row["skipped"] for row in metrics(tmp_path, name)] == list("011111")
+        assert "samples 6 to 7" in result.stderr and "samples 4 to" not in result.stderr
+
+
+def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
+    train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--checkpoint-activations")
+    says = capsys.readouterr().out
+    for line in ("device      cpu, fp32, activations checkpointed, 1 process(es)\n",
+                 "batch       4 clips = 1 processes x 2 x 2\n",
+                 "steps       6, warm-up 1, peak learning rate 0.001\n",
+                 "tokens      32 (2, 4, 4) a clip; masked 81% and 94%, mean 88%; "
+                 "context -> targets 6 -> 16, 2 -> 22\n", "parameters  encoder", "memory      ",
+                 "data wait "):
+        assert line in says
 
 
 def test_schedules_start_peak_and_end_where_they_should():
@@ -153,26 +224,44 @@ def test_real_video_trains_and_names_each_unreadable_file_once(videos, tmp_path)
 
 @pytest.mark.parametrize("flags, code, says", [
     (["--no-such-flag", "1"], 2, "--no-such-flag"),
-    (["--preset", "huge"], 2, "invalid choice: 'huge'"),
-    (["--steps", "many"], 2, "--steps"),
     (["--img-size", "17"], 1, "img_size 17 is not divisible by patch_size 4"),
-    (["--num-frames", "5"], 1, "num_frames 5 is not divisible by tubelet_size 2"),
-    (["--micro-batch", "3"], 1, "--micro-batch 3 does not divide"),
-    (["--context-ratio", "0.2"], 1, "--context-ratio"),
-    (["--num-blocks", "8", "40"], 1, "num_blocks"),
-    (["--momentum-schedule", "steep"], 1, "steep"),
     (["--data", "missing.csv"], 1, "missing.csv"),
-    (["--data", "."], 1, "no "),
-    (["--device", "cuda"], 1, "--device cuda"),
 ])
 def test_bad_input_is_one_clear_line(flags, code, says, tmp_path):
-    if flags == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("this machine has the device that is said to be missing")
     result = run(tmp_path, *flags)
     assert result.returncode == code
     assert says in result.stderr and "Traceback" not in result.stderr
     assert result.stderr.count("\n") <= (2 if code == 2 else 1)
     assert not list(tmp_path.rglob("checkpoint*"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--preset", "huge"], "invalid choice: 'huge'"), (["--steps", "many"], "--steps")])
+def test_flags_that_cannot_be_are_refused(flags, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args(flags)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--num-frames", "5"], "num_frames 5 is not divisible by tubelet_size 2"),
+    (["--micro-batch", "3"], "--micro-batch 3 does not divide"),
+    (["--context-ratio", "0.2"], "--context-ratio"),
+    (["--num-blocks", "8", "40"], "num_blocks"),
+    (["--momentum-schedule", "steep"], "steep"),
+    (["--data", "."], "no "),
+    (["--device", "cuda"], "--device cuda"),
+    (["--precision", "fp8"], "--precision fp8"),
+    (["--compile", "yes"], "--compile yes"),
+    (["--compile", "on", "--mask-truncate", "batch"], "--compile on needs fixed shapes"),
+    (["--shard"], "--shard is for several processes"),
+])
+def test_what_cannot_work_is_an_error_before_training(flags, says, tmp_path, monkeypatch):
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has the device that is said to be missing")
+    with pytest.raises((ValueError, DataError), match=says) as raised:
+        train_here(tmp_path, monkeypatch, *flags)
+    assert "\n" not in str(raised.value) and not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path):

@@ -1,0 +1,149 @@
+"""How fast a step is, what takes the time, and what share of the device's peak that is.
+
+    python train.py --bench                                     preset tiny, here
+    python train.py --bench --preset vitl16 --micro-batch 48    one micro-batch a step
+
+A step is one micro-batch with its optimizer step. The peak is a large matrix product in the same
+precision, measured in the same run, not the data sheet's.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ema
+import hardware
+from model import gather_tokens
+
+WARM_UP, STEPS = 5, 20
+
+
+def wait_for(device):
+    """Return when the device has done what it was given."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def peak_flops(device, dtype, seconds=2.0):
+    """Floating-point operations a second of a large square matrix product, the best of many."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        wait_for(device)
+        begin = time.perf_counter()
+        a @ b
+        wait_for(device)
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - begin))
+    return best
+
+
+class Phases:
+    """Time and floating-point operations of the named parts of a step."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.flops = device, defaultdict(float), {}
+        self.counting = False
+
+    @contextmanager
+    def __call__(self, name):
+        if self.counting:
+            with FlopCounterMode(display=False) as counter:
+                yield
+            self.flops[name] = self.flops.get(name, 0) + counter.get_total_flops()
+            return
+        wait_for(self.device)
+        begin = time.perf_counter()
+        yield
+        wait_for(self.device)
+        self.seconds[name] += time.perf_counter() - begin
+
+
+def step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, clip_grad, momentum):
+    """One training step as train.py does it, part by part; phase: Phases."""
+    with autocast:
+        with phase("target encoder"):
+            targets = model.targets(clips)
+        losses = []
+        for i, (context, target) in enumerate(masks):
+            with phase("context encoder"):
+                features = model.encoder(clips, context)
+            with phase("predictor"):
+                prediction = model.predictor(features, context, target, i)
+                losses.append(F.l1_loss(prediction, gather_tokens(targets, target)))
+        loss = torch.stack(losses).mean()
+    with phase("backward"):
+        scaler.scale(loss).backward()
+    with phase("optimizer"):
+        scaler.unscale_(optimizer)
+        for network in (model.encoder, model.predictor):
+            nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    with phase("momentum"):
+        ema.update(model.target_encoder, model.encoder, momentum)
+
+
+def report(config, device, precision, model, samplers, batches, optimizer, compile_model):
+    """Measure and print. batches: endless (clips, masks) on the CPU; compile_model: called after
+    the operations have been counted."""
+    phase = Phases(device)
+    autocast = torch.autocast(device.type, hardware.DTYPES[precision], precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    rest = model, optimizer, scaler, autocast, config.clip_grad, config.momentum_start
+
+    def step(phase):
+        with phase("data wait"):
+            clips, masks = next(batches)
+        with phase("to the device"):
+            clips = clips.to(device, non_blocking=True)
+            masks = [(c.to(device), t.to(device)) for c, t in masks]
+        step_in_phases(phase, model, clips, masks, *rest[1:])
+        return len(clips)
+
+    phase.counting = True
+    step(phase)
+    phase.counting = False
+    compile_model()
+    begin = time.perf_counter()
+    for _ in range(WARM_UP):
+        step(phase)
+    print(f"warm-up          {WARM_UP} steps, {time.perf_counter() - begin:.1f} s")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    whole = Phases(torch.device("meta"))  # waits for nothing in between
+    wait_for(device)
+    begin = time.perf_counter()
+    clips = sum(step(whole) for _ in range(STEPS))
+    wait_for(device)
+    seconds = (time.perf_counter() - begin) / STEPS
+    phase.seconds.clear()
+    for _ in range(STEPS):
+        step(phase)
+
+    flops, peak = sum(phase.flops.values()), peak_flops(device, hardware.DTYPES[precision])
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+              * (1 if sys.platform == "darwin" else 1024))
+    print(f"step             {seconds * 1e3:.1f} ms, {clips / STEPS / seconds:.1f} clips/s, "
+          f"{clips // STEPS} clips a step")
+    print(f"peak memory      {memory / 1e9:.2f} GB")
+    print(f"model            {flops / seconds / 1e12:.3f} TFLOP/s, {flops / seconds / peak:.0%} of "
+          f"the {peak / 1e12:.3f} TFLOP/s of a large matrix product in {precision}")
+    print("part by part     ms        share   of the peak")
+    total = sum(phase.seconds.values())
+    for name, spent in phase.seconds.items():
+        rate = phase.flops.get(name, 0) / (spent / STEPS) / peak
+        print(f"  {name:14} {spent / STEPS * 1e3:7.1f} {spent / total:10.0%} "
+              + (f"{rate:10.0%}" if rate > 0.005 else ""))
+    assert math.isfinite(total)
