@@ -7,12 +7,12 @@ A step is one micro-batch with its optimizer step. The peak is a large matrix pr
 precision, measured in the same run, not the data sheet's.
 """
 
-import math
 import resource
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -93,27 +93,33 @@ def step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, clip
         ema.update(model.target_encoder, model.encoder, momentum)
 
 
-def report(config, device, precision, model, samplers, batches, optimizer, compile_model):
-    """Measure and print. batches: endless (clips, masks) on the CPU; compile_model: called after
-    the operations have been counted."""
-    phase = Phases(device)
+def measure(config, device, precision, compiled, model, optimizer, load):
+    """Train for a while and print what took how long.
+
+    config: train.Config; load: function from lists of sample numbers to an iterator of batches with
+    masks, as data.loader makes them.
+    """
+    micro = min(config.micro_batch or config.batch_size, config.batch_size)
+    batches = load(list(range(i, i + micro)) for i in count(0, micro))
     autocast = torch.autocast(device.type, hardware.DTYPES[precision], precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    rest = model, optimizer, scaler, autocast, config.clip_grad, config.momentum_start
 
     def step(phase):
         with phase("data wait"):
-            clips, masks = next(batches)
+            batch = next(batches)
         with phase("to the device"):
-            clips = clips.to(device, non_blocking=True)
-            masks = [(c.to(device), t.to(device)) for c, t in masks]
-        step_in_phases(phase, model, clips, masks, *rest[1:])
-        return len(clips)
+            clips, masks = hardware.to_device(batch, device)
+        step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, config.clip_grad,
+                       config.momentum_start)
 
+    phase = Phases(device)
     phase.counting = True
     step(phase)
     phase.counting = False
-    compile_model()
+    if compiled:
+        hardware.compile_blocks(model, len(config.num_blocks))
+    if config.checkpoint_activations:
+        hardware.checkpoint_activations(model)
     begin = time.perf_counter()
     for _ in range(WARM_UP):
         step(phase)
@@ -124,7 +130,8 @@ def report(config, device, precision, model, samplers, batches, optimizer, compi
     whole = Phases(torch.device("meta"))  # waits for nothing in between
     wait_for(device)
     begin = time.perf_counter()
-    clips = sum(step(whole) for _ in range(STEPS))
+    for _ in range(STEPS):
+        step(whole)
     wait_for(device)
     seconds = (time.perf_counter() - begin) / STEPS
     phase.seconds.clear()
@@ -135,8 +142,7 @@ def report(config, device, precision, model, samplers, batches, optimizer, compi
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
               * (1 if sys.platform == "darwin" else 1024))
-    print(f"step             {seconds * 1e3:.1f} ms, {clips / STEPS / seconds:.1f} clips/s, "
-          f"{clips // STEPS} clips a step")
+    print(f"step             {seconds * 1e3:.1f} ms, {micro / seconds:.1f} clips/s, {micro} clips")
     print(f"peak memory      {memory / 1e9:.2f} GB")
     print(f"model            {flops / seconds / 1e12:.3f} TFLOP/s, {flops / seconds / peak:.0%} of "
           f"the {peak / 1e12:.3f} TFLOP/s of a large matrix product in {precision}")
@@ -146,4 +152,3 @@ def report(config, device, precision, model, samplers, batches, optimizer, compi
         rate = phase.flops.get(name, 0) / (spent / STEPS) / peak
         print(f"  {name:14} {spent / STEPS * 1e3:7.1f} {spent / total:10.0%} "
               + (f"{rate:10.0%}" if rate > 0.005 else ""))
-    assert math.isfinite(total)

@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     clips: torch.Tensor  # (B, 3, T, H, W) float32 normalised; or (B, views, segments, 3, T, H, W)
     numbers: torch.Tensor  # (B,) int64 sample numbers
     bad: list[str]  # a line 'path: reason' for each unreadable file met
+    masks: list = []  # what loader's sample_masks gives: [(context (B, Kc), targets (B, Kt)), ...]
 
 
 def open_data(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, **options):
@@ -240,15 +241,16 @@ class BadFiles:
             print(f"unreadable {len(self.paths)} files of {min(self.tried, self.total)} tried")
 
 
-def loader(dataset, batches, num_workers=0, pin_memory=False):
+def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
     """Iterate over Batches, one for each list of sample numbers in `batches`, which may be endless.
 
-    Workers read ahead, each on one thread. Nothing is drawn from torch's global random state.
+    Workers read ahead, each on one thread, and sample the masks, too: a function of the sample
+    numbers. Nothing is drawn from torch's global random state.
     Raises DataError.
     """
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
-                              collate_fn=_as_batch, pin_memory=pin_memory,
+                              collate_fn=partial(_as_batch, sample_masks), pin_memory=pin_memory,
                               worker_init_fn=_leave_signals, generator=torch.Generator())
         return
     except DataError as error:  # a worker's has its traceback for a text
@@ -257,8 +259,10 @@ def loader(dataset, batches, num_workers=0, pin_memory=False):
     raise DataError(message)
 
 
-def _as_batch(batch):
-    return Batch(*batch)
+def _as_batch(sample_masks, batch):
+    clips, numbers, bad, *_ = batch
+    masks = sample_masks(numbers) if sample_masks and len(numbers) else []
+    return Batch(clips, numbers, bad, masks)
 
 
 def _leave_signals(worker):
@@ -272,7 +276,7 @@ def contact_sheet(dataset, file, rows=8, columns=8):
     from matplotlib.figure import Figure  # workers that load data have no need of it
     labels = [*dataset.labels(range(len(dataset))).values(), torch.zeros(len(dataset))][0]
     places = torch.linspace(0, len(dataset) - 1, min(rows, len(dataset))).round().long()
-    clips, numbers, _ = dataset.__getitems__(labels.argsort(stable=True)[places])
+    clips, numbers, *_ = dataset.__getitems__(labels.argsort(stable=True)[places])
     times = torch.linspace(0, clips.shape[2] - 1, min(columns, clips.shape[2])).round().long()
     mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     strips = F.pad((clips * std + mean)[:, :, times], (3, 3), value=1.0)

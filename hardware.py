@@ -182,6 +182,12 @@ def gather(text):
     return set(texts)
 
 
+def to_device(batch, device):
+    """A data.Batch's clips and masks, moved: clips, [(context (B, Kc), targets (B, Kt)), ...]."""
+    return batch.clips.to(device, non_blocking=True), [
+        tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
+
+
 def clip_gradients(network, limit):
     """Scale a network's gradients to norm `limit` at most; -> their norm before, a scalar tensor.
 

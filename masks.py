@@ -132,6 +132,15 @@ class MultiBlockMask:
                 self.pick(~visible, self.num_targets, rngs))
 
 
+def sample_masks(samplers, sample_ids, seed):
+    """Masks of a batch, a pair for each mask set's sampler: [(context (B, Kc), targets (B, Kt))].
+
+    Each mask set has a seed of its own, made from the run's.
+    """
+    return [sampler.sample(sample_ids, seed * len(samplers) + i)
+            for i, sampler in enumerate(samplers)]
+
+
 def main():
     """Count and draw: what the two kinds of mask keep, per step of time, and how they look."""
     from pathlib import Path

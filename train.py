@@ -33,11 +33,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import bench
 import checkpoint
 import ema
 import hardware
 from data import BadFiles, DataError, loader, open_data
-from masks import MultiBlockMask
+from masks import MultiBlockMask, sample_masks
 from metrics import (MAX_SKIPS, SkippedSteps, collapse_meters, describe, draw_curves,
                      open_metrics, report)
 from model import VJEPA, CheckpointError, load_networks
@@ -100,11 +101,12 @@ class Config:
     compile: str = flag("auto", "compile the transformer blocks: on, off; auto: on CUDA")
     checkpoint_activations: bool = flag(False, "compute activations twice rather than keep them")
     shard: bool = flag(False, "spread weights and optimizer over the processes (FSDP2)")
+    bench: bool = flag(False, "measure the speed of a micro-batch instead of training")
 
 
 # What may differ when a run is resumed, because the result does not depend on it.
 FREE = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
-        "checkpoint_activations", "shard"}
+        "checkpoint_activations", "shard", "bench"}
 
 PRESETS = {
     "tiny": Config(
@@ -182,13 +184,6 @@ def build_masks(config, grid):
             for blocks, scale, context, target in zip(*lists, strict=True)]
 
 
-def sample_masks(samplers, numbers, seed, device):
-    """Masks for the clips of these sample numbers: [(context (B, Kc), targets (B, Kt)), ...]."""
-    pairs = [sampler.sample(numbers, seed * len(samplers) + i)
-             for i, sampler in enumerate(samplers)]
-    return [(context.to(device), targets.to(device)) for context, targets in pairs]
-
-
 def build_optimizer(model, config):
     """AdamW in two groups: weights, and 1-D parameters and biases, which do not decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -209,7 +204,7 @@ def give_up(folder, rank, dataset, samplers, suspects, seed, step):
     if suspects:
         numbers = suspects[0]
         torch.save({"clips": dataset.__getitems__(numbers)[0], "numbers": numbers, "step": step,
-                    "masks": sample_masks(samplers, numbers, seed, "cpu")},
+                    "masks": sample_masks(samplers, numbers, seed)},
                    folder / (f"nonfinite-{rank}.pt" if rank else "nonfinite.pt"))
     raise FloatingPointError(f"{MAX_SKIPS} steps in a row skipped, the last {step}, as loss or "
                              f"gradient is not finite; a batch is in {folder}/nonfinite*.pt: if "
@@ -243,6 +238,11 @@ def main(config, name, restart=False, signals=()):
     weights = {"weights": config.data_weights} if config.data_weights else {}
     dataset = open_data(config.data, **clip, **weights, train=True)
     meter_set = open_data(config.data, **clip, train=False)
+    masks_of = partial(sample_masks, samplers, seed=config.seed)
+    if config.bench:
+        return bench.measure(config, device, precision, compiled, model,
+                             build_optimizer(model.to(device), config),
+                             partial(loader, dataset, num_workers=workers, sample_masks=masks_of))
 
     if world > 1:
         hardware.join(device)
@@ -275,7 +275,7 @@ def main(config, name, restart=False, signals=()):
 
     batches = loader(dataset, (numbers_of(step, part) for step in range(start, config.steps)
                                for part in range(accumulate)),
-                     workers, pin_memory=device.type == "cuda")
+                     workers, device.type == "cuda", masks_of)
     bad_files = BadFiles(config.max_bad, len(dataset))
 
     # Evenly spread, as class folders are in the order of their classes.
@@ -287,10 +287,9 @@ def main(config, name, restart=False, signals=()):
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with autocast, eager:
             return collapse_meters(model, (
-                (batch.clips.to(device),
-                 sample_masks(samplers, batch.numbers, config.seed, device),
-                 meter_set.labels(batch.numbers))
-                for batch in loader(meter_set, meter_parts) if len(batch.numbers)))
+                (*hardware.to_device(batch, device), meter_set.labels(batch.numbers))
+                for batch in loader(meter_set, meter_parts, sample_masks=masks_of)
+                if len(batch.numbers)))
 
     if rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -312,8 +311,7 @@ def main(config, name, restart=False, signals=()):
             batch = next(batches)
             waited += time.perf_counter() - asked
             bad_files.report(batch)
-            clips = batch.clips.to(device, non_blocking=True)  # (micro, 3, T, H, W)
-            masks = sample_masks(samplers, batch.numbers, config.seed, device)
+            clips, masks = hardware.to_device(batch, device)  # (micro, 3, T, H, W)
             # Processes exchange gradients once a step, with the last micro-batch; but shards every
             # time, as they have no room for whole gradients.
             exchange = parallel is model or part == accumulate - 1

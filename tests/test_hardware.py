@@ -102,7 +102,7 @@ def test_expected_memory_is_that_of_the_real_model(flags, precision):
     assert expected["weights"] == sum(p.numel() * p.element_size() for p in trained)
     measured = bytes_kept_for_backward(
         model, torch.randn(2, 3, config.num_frames, config.img_size, config.img_size),
-        train.sample_masks(samplers, [0, 1], 0, "cpu"), precision)
+        train.sample_masks(samplers, [0, 1], 0), precision)
     assert expected["activations"] + expected.get("bf16 copies", 0) == pytest.approx(
         measured, rel=0.25)
 
@@ -112,7 +112,7 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients_for_less_memo
     clips, results = torch.randn(2, 3, 8, 40, 40), []
     for flagged in (False, True):
         model = train.build_model(config)
-        masks = train.sample_masks(train.build_masks(config, model.encoder.grid), [0, 1], 0, "cpu")
+        masks = train.sample_masks(train.build_masks(config, model.encoder.grid), [0, 1], 0)
         if flagged:
             hardware.checkpoint_activations(model)
         kept = bytes_kept_for_backward(model, clips, masks, "fp32")

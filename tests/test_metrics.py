@@ -20,7 +20,7 @@ def tiny_model():
     model = train.build_model(config)
     samplers = train.build_masks(config, model.encoder.grid)
     numbers = list(range(32))
-    return model, train.sample_masks(samplers, numbers, 0, "cpu")
+    return model, train.sample_masks(samplers, numbers, 0)
 
 
 def test_meters_tell_collapse_from_content():
