@@ -115,7 +115,7 @@ PRESETS = {
         lr=1e-3, meter_every=250, meter_clips=512, micro_batch=0, workers=1),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
-        init_std=0.0, steps=1000, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=100,
+        init_std=0.0, steps=800, batch_size=16, lr_start=1e-4, lr=5e-4, meter_every=100,
         micro_batch=0),
     "vitb16": Config(embed_dim=768, depth=12, num_heads=12),
     "vitl16": Config(),

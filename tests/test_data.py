@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as v2
 
 import data
 from data import BadFiles, Batch, DataError, loader, open_data, random_crop, read_clip, short_side
+from masks import MultiBlockMask, sample_masks
 from tests.conftest import write_video
 
 
@@ -301,6 +302,19 @@ def test_samples_depend_on_seed_and_number_alone(videos):
     assert not torch.equal(open_small(videos, seed=6).__getitems__([7]).clips, together.clips[:1])
     first, second = data._order(0, 0, 50), data._order(0, 1, 50)  # of two epochs
     assert sorted(first) == sorted(second) == list(range(50)) and not np.array_equal(first, second)
+
+
+def test_masks_come_with_the_clips_of_their_sample_numbers(videos):
+    samplers = [MultiBlockMask((2, 4, 4), context_ratio=0.1, target_ratio=0.3)]
+    for workers in (0, 1):
+        batches = loader(open_small(videos), [[3, 4], [7]], workers,
+                         sample_masks=partial(sample_masks, samplers, seed=5))
+        for batch, numbers in zip(batches, ([3, 4], [7]), strict=True):
+            [(context, targets)] = batch.masks
+            expected = samplers[0].sample(numbers, seed=5)
+            assert torch.equal(context, expected[0]) and torch.equal(targets, expected[1])
+    [batch] = loader(open_small(videos), [[3]])
+    assert batch.masks == []
 
 
 def test_evaluation_clip_is_the_centre_normalised(tmp_path):
