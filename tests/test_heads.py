@@ -27,6 +27,10 @@ def test_one_query_is_attention_over_all_tokens():
         theirs.out_proj.bias.zero_()
     query, x = torch.randn(1, 1, 24), torch.randn(5, 11, 24)
     torch.testing.assert_close(ours(query, x), theirs(query.expand(5, 1, 24), x, x)[0])
+    scale, shift = torch.randn(24), torch.randn(24)
+    tokens = scale * x + shift
+    torch.testing.assert_close(ours(query, x, scale, shift),
+                               theirs(query.expand(5, 1, 24), tokens, tokens)[0])
 
 
 def test_a_probe_file_of_another_shape_is_an_error(tmp_path):
