@@ -241,6 +241,11 @@ class BadFiles:
             print(f"unreadable {len(self.paths)} files of {min(self.tried, self.total)} tried")
 
 
+def worker_count(wanted, processes=1):
+    """--workers -> how many; -1: share the cores with the other processes, at most 8 each."""
+    return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
+
+
 def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
     """Iterate over Batches, one for each list of sample numbers in `batches`, which may be endless.
 

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from data import BadFiles, DataError, open_data
+from data import BadFiles, DataError, open_data, worker_count
 from features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, encode_batches, extract,
                       open_parts, untrained_encoder)
 from hardware import pick_device
@@ -149,6 +149,7 @@ def main(args):
     segments, views = args.segments or segments, args.views or views
     protocol = {name: n for name, n in (("segments", segments), ("views", views)) if n > 1}
     bad_files = BadFiles(args.max_bad)
+    args.checkpoint, args.data = str(path), source  # for probe.json
 
     if args.extract:
         count = extract(args.extract, encoder, source, clip, protocol, bad_files,
@@ -162,7 +163,7 @@ def main(args):
                     "motion_energy": MotionEnergy()}
         train, test, folds = open_parts(source, args.split, clip, args.test_data, **protocol)
         print(f"probing {path} on {train.name}: " + (
-            f"{len(folds)} folds of {len(test)} clips" if len(folds) > 1 else
+            f"{len(folds)} folds of {len(test)} clips in all" if len(folds) > 1 else
             f"{len(folds[0][0])} clips to train on, {len(folds[0][1])} to test on"), flush=True)
         scores, confusion = compare(encoders, train, test, folds, encoder.num_heads, bad_files,
                                     args)
@@ -204,7 +205,8 @@ def parse_args(arguments=None):
     add("--num-heads", type=int, help="where the checkpoint does not tell them")
     add("--batch-size", type=int, default=50, help="clips encoded at a time")
     add("--max-bad", type=float, default=0.05, help="share of unreadable files to put up with")
-    add("--workers", type=int, default=0, help="processes that decode clips")
+    add("--workers", type=int, default=-1, help="processes that decode clips; -1: one a core, at "
+        "most 8")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
     if args.eval_only != bool(args.probe):
@@ -212,6 +214,7 @@ def parse_args(arguments=None):
     if not all(0 < share <= 1 for share in args.label_fraction):
         parser.error(f"--label-fraction {args.label_fraction}: each above 0, at most 1")
     args.label_fraction = sorted({1.0, *args.label_fraction}, reverse=True)
+    args.workers = worker_count(args.workers)
     for name in ("segments", "views", "seeds", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -37,7 +37,7 @@ import bench
 import checkpoint
 import ema
 import hardware
-from data import BadFiles, DataError, loader, open_data
+from data import BadFiles, DataError, loader, open_data, worker_count
 from masks import MultiBlockMask, sample_masks
 from metrics import (MAX_SKIPS, SkippedSteps, collapse_meters, describe, draw_curves,
                      open_metrics, report)
@@ -224,7 +224,7 @@ def main(config, name, restart=False, signals=()):
     autocast = torch.autocast(device.type, hardware.DTYPES[precision], precision != "fp32")
     compiled = hardware.pick_compile(config.compile, device, config.mask_truncate)
     micro, accumulate = hardware.split_batch(config.batch_size, config.micro_batch, world)
-    workers = config.workers if config.workers >= 0 else min(8, (os.cpu_count() or 1) // world)
+    workers = worker_count(config.workers, world)
     total = round(config.steps * config.schedule_stretch)
     momentum_at = partial(ema.momentum_at, total_steps=total, start=config.momentum_start,
                           end=config.momentum_end, schedule=config.momentum_schedule)
