@@ -17,6 +17,7 @@ from itertools import count
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ema
@@ -56,7 +57,8 @@ class Phases:
     @contextmanager
     def __call__(self, name):
         if self.counting:
-            with FlopCounterMode(display=False) as counter:
+            # Plain attention, as older counters do not know the fused one on every device.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 yield
             self.flops[name] = self.flops.get(name, 0) + counter.get_total_flops()
             return
