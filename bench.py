@@ -16,7 +16,6 @@ from itertools import count
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,7 +86,7 @@ def step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, clip
     with phase("optimizer"):
         scaler.unscale_(optimizer)
         for network in (model.encoder, model.predictor):
-            nn.utils.clip_grad_norm_(network.parameters(), clip_grad)
+            hardware.clip_gradients(network, clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

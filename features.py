@@ -94,11 +94,18 @@ def encode_batches(encoders, dataset, numbers, bad_files, batch_size, workers=0,
         yield batch, [tokens.unflatten(0, clips.shape[:3]).flatten(2, 3) for tokens in every]
 
 
-def key(encoder, dataset, numbers):
-    """What stored features depend on, as 32 hexadecimal digits."""
+def clips_key(dataset, numbers):
+    """A hash of all that clips depend on: files, how they are cut, and the code. Looks at each file
+    of the dataset, so once is enough for all encoders."""
     digest = hashlib.sha256(f"{dataset.identity()} {list(numbers)}".encode())
     for file in CODE:
         digest.update(Path(__file__).with_name(file).read_bytes())
+    return digest
+
+
+def key(encoder, clips):
+    """What stored features depend on, as 32 hexadecimal digits; clips: from clips_key."""
+    digest = clips.copy()
     for module in encoder.modules():
         digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
     for name, tensor in encoder.state_dict().items():
@@ -116,7 +123,8 @@ def encode(encoders, dataset, numbers, bad_files, batch_size=50, workers=0, titl
     room for the features.
     """
     numbers, folder = list(numbers), Path(store)
-    files = [folder / f"{key(encoder, dataset, numbers)}.npy" for encoder in encoders]
+    clips = clips_key(dataset, numbers)
+    files = [folder / f"{key(encoder, clips)}.npy" for encoder in encoders]
     missing = [i for i, file in enumerate(files) if not file.with_suffix(".json").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)

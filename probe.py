@@ -64,11 +64,12 @@ def compare(encoders, train_set, test_set, folds, num_heads, bad_files, args):
             for i, view in enumerate(encoders) for fraction in args.label_fraction
             for seed in range(args.seeds) for fold in range(len(folds))
             for kind in test_set.class_names if fraction == 1 or view in report.LEARNERS]
+    device = pick_device(args.device)
     scores, confusion = {}, {kind: torch.zeros(len(names), len(names), dtype=torch.int64)
                              for kind, names in test_set.class_names.items()}
     for i, fraction, seed, fold, kind in tqdm(jobs, "probes", leave=False, disable=None):
         predicted = probe_all(train[i], test[i], kind, len(confusion[kind]), num_heads, fraction,
-                              seed, rows[fold], pick_device(args.device))
+                              seed, rows[fold], device)
         labels = test[i].labels[kind][rows[fold][1]]
         for probe, classes in predicted.items():
             column = report.column(list(encoders)[i], fraction)

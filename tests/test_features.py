@@ -46,7 +46,7 @@ def test_features_are_the_encoders_own_and_the_second_time_come_from_the_store(v
 def test_a_changed_encoder_clip_or_protocol_meets_no_stale_features(videos):
     def key(encoder=None, numbers=range(6), data=None, **options):
         dataset = open_data([str(data or videos)], **{**CLIP, **options}, train=False)
-        return features.key(encoder or small_encoder(), dataset, numbers)
+        return features.key(encoder or small_encoder(), features.clips_key(dataset, numbers))
 
     changed = small_encoder()
     changed.blocks[0].norm1.bias.data[3] += 1e-6
