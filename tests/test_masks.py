@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from masks import MultiBlockMask
+from masks import (ImageBlockMask, MultiBlockMask, RandomMask, RunningCellMask, TubeMask, pick,
+                   random_words, uniform)
 
 SHORT = {"num_blocks": 8, "spatial_scale": 0.15, "context_ratio": 0.20, "target_ratio": 0.50}
 LONG = {"num_blocks": 2, "spatial_scale": 0.70, "context_ratio": 0.07, "target_ratio": 0.70}
@@ -45,8 +46,8 @@ def test_a_mask_depends_on_sample_number_and_seed_only():
 @pytest.mark.parametrize("kind", [SHORT, LONG])
 def test_a_redraw_for_one_clip_changes_no_other_clip_of_the_batch(kind):
     sampler = MultiBlockMask((8, 14, 14), **kind)
-    rngs = [np.random.default_rng(i) for i in range(60)]
-    assert not sampler.is_enough(sampler.draw_frames(rngs)).all()  # some do need a redraw
+    draws = np.random.default_rng(0).random((60, 1 + 2 * sampler.num_blocks))
+    assert not sampler.is_enough(sampler.draw_frames(draws)).all()  # some do need a redraw
     for whole, alone in zip(sampler.sample(range(60), seed=4),
                             zip(*(sampler.sample([i], seed=4) for i in range(60)), strict=True),
                             strict=True):
@@ -56,9 +57,8 @@ def test_a_redraw_for_one_clip_changes_no_other_clip_of_the_batch(kind):
 def test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn():
     H, W, num_blocks = 14, 11, 8
     sampler = MultiBlockMask((2, H, W), **SHORT)
-    frames = sampler.draw_frames([np.random.default_rng(i) for i in range(50)])
-    for i, visible in enumerate(frames):
-        draws = np.random.default_rng(i).random(1 + 2 * num_blocks)
+    every = np.random.default_rng(0).random((50, 1 + 2 * num_blocks))
+    for draws, visible in zip(every, sampler.draw_frames(every), strict=True):
         aspect, area = 0.75 + 0.75 * draws[0], int(0.15 * H * W)
         h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         expected = np.ones((H, W), dtype=bool)
@@ -70,8 +70,8 @@ def test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn():
 
 def test_a_block_is_as_likely_in_every_place():
     sampler = MultiBlockMask((2, 8, 8), num_blocks=1, spatial_scale=0.25, target_ratio=0.2)
-    rng = np.random.default_rng(0)
-    frames = sampler.draw_frames(10_000 * [rng], aspect=1)  # 4x4 blocks, 5x5 places
+    draws = uniform(random_words(0, range(10_000), 3))
+    frames = sampler.draw_frames(draws, aspect=1)  # 4x4 blocks, 5x5 places
     assert ((~frames).sum(axis=(1, 2)) == 16).all()
     _, counts = np.unique((~frames).reshape(-1, 64).argmax(axis=1), return_counts=True)
     assert len(counts) == 25 and np.abs(counts - 400).max() < 5 * 400 ** 0.5
@@ -80,8 +80,7 @@ def test_a_block_is_as_likely_in_every_place():
 def test_every_token_and_every_pair_of_tokens_is_picked_equally_often():
     clips, count = 20_000, 4
     row = np.array([1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=bool)  # 9 of 14
-    sampler = MultiBlockMask((8, 14, 14))
-    picked = sampler.pick(np.tile(row, (clips, 1)), count, clips * [np.random.default_rng(0)])
+    picked = pick(np.tile(row, (clips, 1)), count, random_words(0, range(clips), 14))
     chosen = torch.zeros(clips, 14).scatter_(1, picked, 1)
     together = (chosen.T @ chosen / clips).numpy()
     expected = np.full((9, 9), 4 / 9 * 3 / 8)
@@ -148,3 +147,77 @@ def test_it_gives_up_when_no_try_is_usable(monkeypatch):
     monkeypatch.setattr(sampler, "is_enough", lambda visible: np.zeros(len(visible), dtype=bool))
     with pytest.raises(ValueError, match="20 tries"):
         sampler.sample(range(3), seed=0)
+
+
+def test_random_words_are_even_and_tell_seeds_samples_and_streams_apart():
+    words = random_words(0, range(1000), 1000)
+    share = words[..., None] >> np.arange(32, dtype=np.uint32) & 1
+    assert np.abs(share.mean(axis=(0, 1)) - 0.5).max() < 0.004  # every bit
+    draws = uniform(words) - 0.5
+    for along in (draws[1:] * draws[:-1], draws[:, 1:] * draws[:, :-1]):  # neighbours' correlation
+        assert abs(along.mean() * 12) < 0.005
+    others = [random_words(*args, 8) for args in ((0, [5]), (1, [5]), (0, [6]), (2 ** 40, [5]))]
+    others.append(random_words(0, [5], 8, stream=1))
+    assert len({tuple(row[0]) for row in others}) == 5
+    assert np.array_equal(random_words(0, [3, 5], 8)[1:], others[0])
+
+
+FRAME = (1, 14, 14)
+OTHERS = [RandomMask((4, 7, 7)), RandomMask((4, 7, 7), 0.2, 0.5), TubeMask((4, 7, 7)),
+          TubeMask((4, 5, 5), 0.07, 0.7), RunningCellMask((8, 7, 7)), ImageBlockMask(FRAME),
+          ImageBlockMask((1, 5, 5))]
+
+
+@pytest.mark.parametrize("sampler", OTHERS, ids=lambda sampler: type(sampler).__name__)
+def test_other_masks_keep_the_same_promises(sampler):
+    context, targets = sampler.sample(range(50), seed=1)
+    assert context.shape == (50, sampler.num_context)
+    assert targets.shape == (50, sampler.num_targets)
+    for one, other in zip(context, targets, strict=True):  # I-JEPA's context among them
+        assert not set(one.tolist()) & set(other.tolist())
+    for indices in (context, targets):
+        assert (indices.diff(dim=1) > 0).all() and indices.min() >= 0
+        assert len(indices.unique(dim=0)) > 10
+    again = sampler.sample([7, 3], seed=1)
+    assert torch.equal(again[0][1], context[3]) and torch.equal(again[1][0], targets[7])
+
+
+def test_a_tube_is_constant_in_time_and_random_masks_are_not():
+    def frames(sampler):
+        context, _ = sampler.sample(range(30), seed=0)
+        visible = torch.zeros(30, 4 * 49, dtype=bool).scatter_(1, context, True)
+        return visible.view(30, 4, 49)
+
+    tube = frames(TubeMask((4, 7, 7), 0.1, 0.9))
+    assert (tube == tube[:, :1]).all() and (tube[:, 0].sum(1) == 5).all()
+    assert not (frames(RandomMask((4, 7, 7), 0.1, 0.9)).sum(2) == 5).all()
+
+
+def test_a_running_cell_covers_half_of_the_tokens_and_every_token_in_turn():
+    sampler = RunningCellMask((8, 6, 7))
+    decoded = sampler.decoded(range(20), seed=0).reshape(20, 8, 6, 7)
+    assert (decoded.sum(axis=(1, 2, 3)) == 4 * 42).all()
+    for start in range(5):
+        assert (decoded[:, start:start + 4].sum(axis=1) == 2).all()
+    assert (decoded[:, :-1] != decoded[:, 1:]).any(axis=1).all()  # it moves in every place
+    context, targets = sampler.sample(range(20), seed=0)
+    visible = torch.zeros(20, 8 * 42, dtype=bool).scatter_(1, context, True)
+    expected = torch.from_numpy(decoded.reshape(20, -1)) & ~visible
+    assert torch.equal(expected.nonzero()[:, 1].view(20, -1), targets)
+    with pytest.raises(ValueError, match="fours"):
+        RunningCellMask((6, 7, 7))
+
+
+def test_image_blocks_are_rectangles_of_the_stated_sizes():
+    sampler = ImageBlockMask(FRAME, num_blocks=1, target_ratio=0.14)
+    context, targets = sampler.draw(np.arange(300), seed=0, attempt=1)
+    for block in targets.reshape(300, 14, 14):
+        rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
+        assert block.sum() == len(rows) * len(columns)  # filled, hence a rectangle
+        assert 0.13 * 196 <= block.sum() <= 0.22 * 196
+        assert 0.65 <= len(rows) / len(columns) <= 1.75
+    assert 0.75 * 196 * 0.8 < context.sum(axis=1).mean() < 196 * 0.85
+    with pytest.raises(ValueError, match="single frames"):
+        ImageBlockMask((2, 14, 14))
+    with pytest.raises(ValueError, match="no room"):
+        ImageBlockMask(FRAME, target_ratio=0.9, context_ratio=0.1)
