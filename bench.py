@@ -17,13 +17,11 @@ from functools import partial
 from itertools import count
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import ema
 import hardware
-from model import gather_tokens
+from model import VJEPA, gather_tokens
 
 WARM_UP, STEPS = 5, 20
 
@@ -76,7 +74,7 @@ def step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, clip
                 features = model.encoder(clips, context)
             with phase("predictor"):
                 prediction = model.predictor(features, context, target, i)
-                losses.append(F.l1_loss(prediction, gather_tokens(targets, target)))
+                losses.append(model.distance(prediction, gather_tokens(targets, target)))
         loss = torch.stack(losses).mean()
     with phase("backward"):
         scaler.scale(loss).backward()
@@ -88,15 +86,17 @@ def step_in_phases(phase, model, clips, masks, optimizer, scaler, autocast, clip
         scaler.update()
         optimizer.zero_grad()
     with phase("momentum"):
-        ema.update(model.target_encoder, model.encoder, momentum)
+        model.update_target(momentum)
 
 
 def measure(config, device, precision, compiled, model, optimizer, load):
     """Train for a while and print what took how long.
 
     config: train.Config; load: function from lists of sample numbers to an iterator of batches with
-    masks, as data.loader makes them.
+    masks, as data.loader makes them. Raises ValueError for other models than VJEPA.
     """
+    if not isinstance(model, VJEPA):
+        raise ValueError(f"--bench takes V-JEPA apart, not --method {config.method}")
     micro = min(config.micro_batch or config.batch_size, config.batch_size)
     batches = load(list(range(i, i + micro)) for i in count(0, micro))
     autocast = torch.autocast(device.type, hardware.DTYPES[precision], precision != "fp32")

@@ -1,6 +1,6 @@
 """A run's checkpoints: written so that no crash can spoil them, read back to the same bits.
 
-checkpoint-STEP.pt holds the three networks, optimizer, gradient scaler, step, skipped steps, random
+checkpoint-STEP.pt holds the networks, optimizer, gradient scaler, step, skipped steps, random
 states, configuration, code version. All is whole even if the run was sharded, so that it goes on
 with any number of processes.
 """
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from hardware import gather, shard_states, whole
-from model import CheckpointError, load_checkpoint
+from weights import CheckpointError, load_checkpoint
 
-CORE = ("checkpoint data ema hardware heads masks metrics model sources synthetic train "
-        "video").split()
+CORE = ("baselines checkpoint data ema hardware heads masks metrics model sources synthetic train "
+        "video weights").split()
 
 
 def code_version():
@@ -59,14 +59,14 @@ def save(folder, step, model, optimizer, scaler, skips, config):
     all or nothing. Raises CheckpointError, e.g. if the disk is full.
     """
     first = int(os.environ.get("RANK", 0)) == 0
-    state = {name: whole(getattr(model, name).state_dict(), first)
-             for name in ("encoder", "predictor", "target_encoder")}
+    state = {name: whole(network.state_dict(), first) for name, network in model.named_children()}
     state["opt"] = whole(optimizer.state_dict(), first)
     if not first:
         return
     name, keys, *rest = np.random.get_state()
     state |= {"scaler": scaler.state_dict(), "step": step, "skipped": skips.total,
               "skipped_in_a_row": skips.in_a_row, "num_heads": config.num_heads,
+              "evaluated": model.evaluated,
               "config": asdict(config), "code": code_version(),
               "random": {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest],
                          "python": random.getstate()}}

@@ -20,12 +20,14 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Batch, DataError, loader, open_data
-from model import VisionTransformer, encoder_sizes, load_checkpoint
+from model import VJEPA, VisionTransformer, sincos_positions
+from weights import encoder_sizes, load_checkpoint
 
 # Segments spread over a video, and views: crops spread over its longer side (section 4.2).
 PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
 CACHE = Path("cache")
-CODE = ("data.py", "features.py", "model.py", "sources.py", "synthetic.py", "video.py")
+CODE = ("data.py", "features.py", "model.py", "sources.py", "synthetic.py", "video.py",
+        "weights.py")
 
 
 class Features(NamedTuple):
@@ -49,6 +51,26 @@ class OneFrame(nn.Module):
         return self.encoder(clips[:, :, middle:middle + 1].expand_as(clips))
 
 
+class FrameByFrame(nn.Module):
+    """An encoder of single frames on clips: each frame for itself, one after the other in time.
+
+    As no frame knows its time, tokens get the sine-cosine position of their time step added, for
+    attentive probes to tell frames apart.
+    """
+
+    def __init__(self, encoder, num_frames):
+        super().__init__()
+        self.encoder, self.num_heads = encoder, encoder.num_heads
+        D = encoder.pos_embed.shape[-1]
+        # A third of the channels is time's, so of three times as many all that are wanted.
+        self.register_buffer("times", sincos_positions(3 * D, (num_frames, 1, 1))[:, :D])  # (T, D)
+
+    def forward(self, clips):
+        frames = clips.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B * T, C, 1, H, W)
+        tokens = self.encoder(frames).unflatten(0, (len(clips), -1))  # (B, T, N, D)
+        return (tokens + self.times[:, None]).flatten(1, 2)  # (B, T * N, D)
+
+
 class MotionEnergy(nn.Module):
     """What pixels alone tell: mean |difference of successive frames| in 4 x 8 x 8 cells.
 
@@ -62,10 +84,11 @@ class MotionEnergy(nn.Module):
 
 
 def untrained_encoder(path, overrides):
-    """The encoder of a checkpoint as it was before training, drawn as in train.build_model."""
+    """The encoder of a checkpoint as it was before training, drawn as in baselines.build."""
     checkpoint = load_checkpoint(path)
     config = checkpoint.get("config", {})
-    sizes = encoder_sizes(checkpoint, "target_encoder", path, **overrides)
+    which = checkpoint.get("evaluated", VJEPA.evaluated)
+    sizes = encoder_sizes(checkpoint, which, path, **overrides)
     torch.manual_seed(config.get("seed", 0))
     encoder = VisionTransformer(**sizes, init_std=config.get("init_std", 0.02) or None)
     return encoder.eval().requires_grad_(False)

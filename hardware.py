@@ -101,7 +101,7 @@ def blocks_of(network):
 
 
 def compile_blocks(model, mask_sets, backend="inductor"):
-    """Compile the transformer blocks of a VJEPA, once for each shape that they meet.
+    """Compile the transformer blocks of a model, once for each shape that they meet.
 
     All blocks share their graphs: one for the target encoder, two for each mask set. So it takes
     seconds where a graph of the whole loss takes minutes, and goes with DDP, shards and activation
@@ -115,14 +115,15 @@ def compile_blocks(model, mask_sets, backend="inductor"):
 
 def checkpoint_activations(model):
     """Let each block of encoder and predictor keep its input only, and run again in backward."""
-    for block in blocks_of(model.encoder) + blocks_of(model.predictor):
+    trained = [b for b in blocks_of(model) if b.norm1.weight.requires_grad]
+    for block in trained:
         # Nothing in a block is random, so there is no random state to bring back.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                 preserve_rng_state=False)
 
 
 def parallelise(model, device, world, shard):
-    """Put a VJEPA on its device; -> what to call for the loss, over all processes.
+    """Put a model on its device; -> what to call for the loss, over all processes.
 
     Sharded, every weight of the model itself becomes a DTensor, of which a process holds a slice.
     """
@@ -132,7 +133,7 @@ def parallelise(model, device, world, shard):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (world,))
-        for network in (model.encoder, model.predictor, model.target_encoder):
+        for network in model.children():
             for block in blocks_of(network):
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
@@ -220,7 +221,8 @@ def activation_bytes(config, masks, precision):
     kept = again = 0
     for context, targets in masks:
         both = context + targets
-        for channels, depth in ((context * D, config.depth), (both * P, config.predictor_depth)):
+        parts = [(context * D, config.depth), (both * P, config.predictor_depth)]
+        for channels, depth in parts if targets else parts[:1]:  # DINO's head is not a predictor
             if config.checkpoint_activations:
                 kept += depth * channels * 4
                 again = max(again, channels * per_channel)
@@ -238,10 +240,10 @@ def expected_memory(model, config, masks, precision, micro, world):
     Not in it: the clips, what the libraries need, and what an operation needs while it runs.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    target = sum(p.numel() for p in model.target_encoder.parameters())
+    averages = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     held = 4 / world if config.shard else 4  # bytes a number, float32
     memory = {"weights": trained * held, "gradients": trained * held, "AdamW": 2 * trained * held,
-              "target encoder": target * held}
+              "moving averages": averages * held}
     if precision != "fp32":  # autocast's copies, which backward needs too
         memory[f"{precision} copies"] = 2 * trained
     return memory | {"activations": micro * activation_bytes(config, masks, precision)}

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import MLP, init_weights, load_checkpoint, load_strictly, state_dict
+from model import MLP, init_weights
+from weights import load_checkpoint, load_strictly, state_dict
 
 
 class CrossAttention(nn.Module):
@@ -88,7 +89,7 @@ class AttentiveProbe(nn.Module):
     def from_checkpoint(cls, path, num_heads):
         """A published probe, in eval mode. num_heads: the encoder's (ViT-L and ViT-H: 16).
 
-        Raises model.CheckpointError where the file is missing, damaged, or does not fit.
+        Raises weights.CheckpointError where the file is missing, damaged, or does not fit.
         """
         state = state_dict(load_checkpoint(path), "classifier", path)
         num_classes, embed_dim = state["linear.weight"].shape

@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from hardware import expected_memory
@@ -34,27 +35,37 @@ def rankme(features):
 def collapse_meters(model, batches):
     """Is it learning, or collapsing? What the target encoder makes of a fixed set of clips.
 
-    batches: an iterable of (clips (B, C, T, H, W), masks as VJEPA takes them, labels {kind: (B,)
-    int64}). Returns a dict of floats:
+    batches: an iterable of (clips (B, C, T, H, W), masks as the model takes them, labels {kind:
+    (B,) int64}); the features are those that are evaluated, layer-normed. Returns a dict of floats:
     std_clips: std over clips of the features at a position (0: every clip looks the same);
     std_tokens: std over the tokens of one clip (0: every place looks the same);
     rankme: effective rank of the tokens; relative_loss: the loss over that of the best guess that
-    knows nothing but a token's position (1: content is not used); knn_KIND: accuracy of the nearest
+    knows nothing but a token's position (1: content is not used; not for DINO, which predicts no
+    tokens); knn_KIND: accuracy of the nearest
     neighbours among these clips, by mean-pooled features.
     """
-    targets, losses, labels = [], [], {}
+    evaluated = getattr(model, model.evaluated)
+    features, targets, losses, labels = [], [], [], {}
     for clips, masks, batch_labels in batches:
-        targets.append(model.targets(clips).float())
-        losses.append(model.loss(clips, masks, targets[-1]).float())
+        tokens = evaluated(clips).float()
+        features.append(F.layer_norm(tokens, tokens.shape[-1:]))
+        if hasattr(model, "distance"):
+            targets.append(model.targets(clips).float())
+            losses.append(model.loss(clips, masks, targets[-1]).float())
         for kind, values in batch_labels.items():
             labels.setdefault(kind, []).append(values.to(clips.device))
-    targets = torch.cat(targets)  # (clips, N, D)
-    guess = targets.median(dim=0).values
-    tokens, pooled = targets.flatten(0, 1), standardise(targets.mean(1))[0]
-    meters = {"std_clips": targets.std(0).mean().item(), "std_tokens": targets.std(1).mean().item(),
-              "rankme": rankme(tokens[::-(-len(tokens) // 4096)]),
-              "relative_loss": (torch.stack(losses).mean() / (targets - guess).abs().mean()).item()}
-    with torch.autocast(targets.device.type, enabled=False):
+    features = torch.cat(features)  # (clips, N, D)
+    tokens, pooled = features.flatten(0, 1), standardise(features.mean(1))[0]
+    meters = {"std_clips": features.std(0).mean().item(),
+              "std_tokens": features.std(1).mean().item(),
+              "rankme": rankme(tokens[::-(-len(tokens) // 4096)])}
+    if targets:
+        targets = torch.cat(targets)  # (clips, N, P)
+        # The best guess for absolute differences is the median, for squared ones the mean.
+        guess = targets.median(0).values if model.distance is F.l1_loss else targets.mean(0)
+        base = model.distance(guess.expand_as(targets), targets)
+        meters["relative_loss"] = (torch.stack(losses).mean() / base).item()
+    with torch.autocast(features.device.type, enabled=False):
         for kind, values in labels.items():
             values = torch.cat(values)
             meters[f"knn_{kind}"] = accuracy(knn_predict(pooled, values, pooled), values)
@@ -125,7 +136,7 @@ def draw_curves(folder):
 
     rows = read_metrics(folder / "metrics.csv")
     panels = {
-        "training loss (L1)": ["loss"],
+        "training loss": ["loss"],
         "loss / loss of the best position-only guess": ["relative_loss"],
         "feature std": ["std_clips", "std_tokens"],
         "RankMe (effective rank of tokens)": ["rankme"],
@@ -164,21 +175,24 @@ def describe(config, folder, start, model, samplers, device, precision, compiled
     tokens = math.prod(model.encoder.grid)
     sizes = [(sampler.num_context, sampler.num_targets) for sampler in samplers]
     hidden = [1 - context / tokens for context, _ in sizes]
+    masked = (f"masked {' and '.join(f'{share:.0%}' for share in hidden)}, mean "
+              f"{sum(hidden) / len(hidden):.0%}; context -> targets "
+              f"{', '.join(f'{context} -> {targets}' for context, targets in sizes)}")
+    if not sizes[0][1]:
+        masked = f"nothing masked, {sizes[0][0]} tokens in all crops of it"
     memory = expected_memory(model, config, sizes, precision, micro, world)
     how = [precision, *["compiled"] * compiled, *["sharded"] * config.shard,
            *["activations checkpointed"] * config.checkpoint_activations]
     gigabytes = ", ".join(f"{what} {size / 1e9:.2g}" for what, size in memory.items())
     yield f"run         {folder}" + (f", resumed after step {start}" if start else "")
+    yield f"method      {config.method}"
     yield f"data        {' '.join(config.data)}"
     yield f"device      {device}, {', '.join(how)}, {world} process(es)"
     yield f"batch       {config.batch_size} clips = {world} processes x {micro} x {accumulate}"
     yield (f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
            f"peak learning rate {config.lr:g}")
-    yield (f"tokens      {tokens} {model.encoder.grid} a clip; masked "
-           f"{' and '.join(f'{share:.0%}' for share in hidden)}, mean "
-           f"{sum(hidden) / len(hidden):.0%}; context -> targets "
-           f"{', '.join(f'{context} -> {targets}' for context, targets in sizes)}")
+    yield f"tokens      {tokens} {model.encoder.grid} a clip; {masked}"
     yield "parameters  " + ", ".join(
         f"{name.replace('_', ' ')} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
-        for name, network in model.named_children())
+        for name, network in model.named_children() if list(network.parameters()))
     yield f"memory      {sum(memory.values()) / 1e9:.3g} GB a process: {gigabytes}"

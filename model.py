@@ -10,17 +10,13 @@ Token index = ((t * H') + row) * W' + column, everywhere. Paper: Bardes et al. 2
 
 import copy
 import math
-import pickle
-import re
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Heads cannot be read off a weight's shape; these are the published widths and ViT-tiny to ViT-B.
-HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+import ema
+from weights import count_blocks, encoder_sizes, load_checkpoint, load_strictly, state_dict
 
 
 def gather_tokens(tokens, indices):
@@ -41,6 +37,14 @@ def sincos_positions(dim, grid):
     angles = [axis.flatten()[:, None] * frequencies for axis in axes]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return table[:, :dim].float()
+
+
+def cut_tubelets(clips, tubelet):
+    """Clips (B, C, T, H, W) -> what each token is made of: (B, N, C * t * p * p)."""
+    B, C, T, H, W = clips.shape
+    t, p, _ = tubelet
+    x = clips.view(B, C, T // t, t, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def init_weights(module, std):
@@ -69,10 +73,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(in_chans, embed_dim, tubelet, tubelet)
 
     def forward(self, clips, indices=None):
-        B, C, T, H, W = clips.shape
-        t, p, _ = self.tubelet
-        x = clips.view(B, C, T // t, t, H // p, p, W // p, p)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, C * t * p * p)
+        x = cut_tubelets(clips, self.tubelet)  # (B, N, C * t * p * p)
         if indices is not None:
             x = gather_tokens(x, indices)  # (B, K, C * t * p * p)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N or K, D)
@@ -180,10 +181,11 @@ class Predictor(nn.Module):
     """A narrow ViT that guesses the features at masked positions from the context's (section 3.2).
 
     One learned mask token a mask set tells it what is asked; the position tells it where.
+    out_dim: channels of a prediction, if not the encoder's.
     """
 
     def __init__(self, grid, embed_dim=1024, predictor_dim=384, depth=12, num_heads=16,
-                 mlp_ratio=4.0, num_mask_sets=2, init_std=0.02):
+                 mlp_ratio=4.0, num_mask_sets=2, init_std=0.02, out_dim=None):
         super().__init__()
         if predictor_dim % num_heads:
             raise ValueError(f"predictor_dim {predictor_dim} is not divisible by num_heads "
@@ -195,11 +197,11 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(
             Block(predictor_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
+        self.predictor_proj = nn.Linear(predictor_dim, out_dim or embed_dim)
         init_weights(self, init_std)
 
     def forward(self, context_features, context_indices, target_indices, mask_index):
-        """(B, Kc, D), (B, Kc), (B, Kt), which mask set -> predicted features (B, Kt, D)."""
+        """(B, Kc, D), (B, Kc), (B, Kt), which mask set -> predictions (B, Kt, D)."""
         B, Kc, _ = context_features.shape
         positions = self.predictor_pos_embed.expand(B, -1, -1)
         context = self.predictor_embed(context_features) + gather_tokens(positions, context_indices)
@@ -213,37 +215,50 @@ class Predictor(nn.Module):
 class VJEPA(nn.Module):
     """Context encoder, predictor, target encoder and the loss that ties them (equation 1).
 
-    Only `encoder` and `predictor` have gradients; after each optimizer step the training loop moves
-    `target_encoder` with ema.update.
+    Only `encoder` and `predictor` have gradients; after each optimizer step the training loop calls
+    `update_target`. distance: of predictions and targets, averaged. Without stop_gradient the
+    targets are the context encoder's own, with gradients: what keeps it from collapse is gone.
     """
+
+    evaluated = "target_encoder"  # the network whose features are good for something
 
     def __init__(self, img_size=224, patch_size=16, num_frames=16, tubelet_size=2, in_chans=3,
                  embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0, predictor_dim=384,
-                 predictor_depth=12, num_mask_sets=2, init_std=0.02):
+                 predictor_depth=12, num_mask_sets=2, init_std=0.02, distance=F.l1_loss,
+                 stop_gradient=True):
         super().__init__()
         self.encoder = VisionTransformer(img_size, patch_size, num_frames, tubelet_size, in_chans,
                                          embed_dim, depth, num_heads, mlp_ratio, init_std)
         self.predictor = Predictor(self.encoder.grid, embed_dim, predictor_dim, predictor_depth,
                                    num_heads, mlp_ratio, num_mask_sets, init_std)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.distance, self.stop_gradient = distance, stop_gradient
 
     def targets(self, clips):
         """What is to be predicted: layer-normed target features of every token, (B, N, D)."""
+        if not self.stop_gradient:
+            features = self.encoder(clips)
+            return F.layer_norm(features, features.shape[-1:])
         with torch.no_grad():
             features = self.target_encoder(clips)
             return F.layer_norm(features, features.shape[-1:])
+
+    def update_target(self, momentum):
+        """Move the target encoder towards the context encoder (section 3.1)."""
+        ema.update(self.target_encoder, self.encoder, momentum)
 
     def predict(self, clips, context, target, mask_index):
         """Predict the features at `target` (B, Kt) from the tokens at `context` (B, Kc)."""
         return self.predictor(self.encoder(clips, context), context, target, mask_index)
 
     def loss(self, clips, masks, targets):
-        """L1 over masked positions and features, averaged over the mask sets.
+        """Distance over masked positions and features, averaged over the mask sets.
 
         clips: float (B, C, T, H, W); masks: [(context (B, Kc), target (B, Kt)), ...] int64;
         targets: (B, N, D) -> scalar.
         """
-        losses = [F.l1_loss(self.predict(clips, context, target, i), gather_tokens(targets, target))
+        losses = [self.distance(self.predict(clips, context, target, i),
+                                gather_tokens(targets, target))
                   for i, (context, target) in enumerate(masks)]
         return torch.stack(losses).mean()
 
@@ -268,98 +283,21 @@ class VJEPA(nn.Module):
         return model
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged, or of other shapes; the message is one line."""
-
-
-def load_checkpoint(path):
-    """A checkpoint's dict, on the CPU. path: a file, or a run's folder, whose newest it is.
-
-    Nothing but tensors and plain containers is unpickled. Raises CheckpointError.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("checkpoint-*.pt"))
-        if not files:
-            raise CheckpointError(f"{path}: no checkpoint-*.pt in this folder")
-        path = files[-1]
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"refused: more than data is in it, it would call {code[1]}"
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")
-    return checkpoint
-
-
-def state_dict(checkpoint, name, path):
-    """checkpoint[name] without the `module.` and `backbone.` that wrappers put before each key."""
-    if name not in checkpoint:
-        raise CheckpointError(f"{path}: has no '{name}', only {sorted(map(str, checkpoint))}")
-    return {key.removeprefix("module.").removeprefix("backbone."): value
-            for key, value in checkpoint[name].items()}
-
-
-def load_strictly(module, state, path):
-    """Load a state dict; a CheckpointError names keys that are missing, unexpected or reshaped."""
-    own = module.state_dict()
-    wrong = [f"missing {key}" for key in own.keys() - state.keys()]
-    wrong += [f"unexpected {key}" for key in state.keys() - own.keys()]
-    wrong += [f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
-              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        wrong = "; ".join(sorted(wrong)[:4])
-        raise CheckpointError(f"{path}: does not fit the model: {wrong}{more}")
-    module.load_state_dict(state)
-
-
 def load_networks(model, checkpoint, path):
-    """Load a checkpoint's three networks into a VJEPA, strictly."""
-    for name in ("encoder", "predictor", "target_encoder"):
-        load_strictly(getattr(model, name), state_dict(checkpoint, name, path), path)
+    """Load a checkpoint's networks into a VJEPA, or a model like it, strictly."""
+    for name, network in model.named_children():
+        load_strictly(network, state_dict(checkpoint, name, path), path)
 
 
-def count_blocks(state):
-    """Transformer blocks in a state dict."""
-    return 1 + max(int(key.split("blocks.")[1].split(".")[0]) for key in state if "blocks." in key)
-
-
-def encoder_sizes(checkpoint, which, path, **overrides):
-    """VisionTransformer's arguments, read off an encoder's shapes and its position table."""
-    state = state_dict(checkpoint, which, path)
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
-    D, C, t, p, _ = state["patch_embed.proj.weight"].shape
-    table, axis_dim = state["pos_embed"][0].numpy(), -(-D // 6) * 2
-    # A third of the channels is for time, row and column each: as many different rows as steps.
-    T, H, W = (len(np.unique(table[:, i * axis_dim:(i + 1) * axis_dim], axis=0)) for i in range(3))
-    sizes = {"patch_size": p, "tubelet_size": t, "in_chans": C, "embed_dim": D,
-             "depth": count_blocks(state),
-             "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}
-    if len(table) == T * H * W and H == W:
-        sizes |= {"img_size": H * p, "num_frames": T * t}
-    if num_heads := checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)):
-        sizes["num_heads"] = num_heads
-    sizes |= overrides
-    for name in ("img_size", "num_frames", "num_heads"):
-        if name not in sizes:
-            raise CheckpointError(f"{path}: the file does not tell {name}; pass {name}=...")
-    return sizes
-
-
-def load_encoder(path, which="target_encoder", **overrides):
+def load_encoder(path, which=None, **overrides):
     """A frozen encoder in eval mode, for features: `features = load_encoder(path)(clips)`.
 
     path: a checkpoint of this project, a run's folder, or a published .pth.tar; which:
-    "target_encoder" or "encoder"; overrides as in VJEPA.from_checkpoint. Raises CheckpointError.
+    "target_encoder" or "encoder" (None: the one that is evaluated, so the target encoder, but for
+    methods that have none); overrides as in VJEPA.from_checkpoint. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
+    which = which or checkpoint.get("evaluated", VJEPA.evaluated)
     encoder = VisionTransformer(**encoder_sizes(checkpoint, which, path, **overrides))
     load_strictly(encoder, state_dict(checkpoint, which, path), path)
     return encoder.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
-"""Pretrain V-JEPA: presets, the training loop, checkpoints, what is logged.
+"""Pretrain V-JEPA, or what it is compared with: presets, the training loop, what is logged.
 
     python train.py                                   preset tiny on made-up clips, on a laptop
     python train.py --preset small --data videos/     your own clips: class folders, file lists
     python train.py --preset vitl16 --data k710.csv   the paper's ViT-L/16 on one GPU
+    python train.py --method videomae                 another method (baselines.py), all else alike
     torchrun --standalone --nproc_per_node 8 train.py --preset vitl16 --data k710.csv     one node
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --preset vitl16 --data k710.csv      two nodes: this same line on both
@@ -18,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -28,20 +28,21 @@ from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import baselines
 import bench
 import checkpoint
 import ema
 import hardware
 from data import BadFiles, DataError, loader, open_data, worker_count
-from masks import MultiBlockMask, sample_masks
+from masks import sample_masks
 from metrics import (MAX_SKIPS, SkippedSteps, collapse_meters, describe, draw_curves,
                      open_metrics, report)
-from model import VJEPA, CheckpointError, load_networks
+from model import load_networks
+from weights import CheckpointError
 
 
 def flag(default, text):
@@ -55,6 +56,7 @@ def flag(default, text):
 class Config:
     """Everything that a run depends on. The defaults are the paper's ViT-L/16."""
 
+    method: str = flag("vjepa", "vjepa, ijepa, mae, videomae, videomae2 or dino")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from")
     img_size: int = flag(224, "height and width of a clip, pixels")
@@ -75,6 +77,8 @@ class Config:
     context_ratio: list[float] = flag([0.20, 0.07], "share of tokens kept as context")
     target_ratio: list[float] = flag([0.50, 0.70], "share of tokens kept as targets")
     aspect_ratio: list[float] = flag([0.75, 1.5], "lowest and highest height / width of a block")
+    masking: str = flag("", "multi-block, random, tube, ...; '': the method's own")
+    mask_ratio: float = flag(0.0, "share masked, of random and tube masks; 0: the method's own")
     mask_truncate: str = flag("", "'batch': cut masks to the batch's shortest, as the release does")
     steps: int = flag(90_000, "optimizer steps")
     batch_size: int = flag(3072, "clips an optimizer step, over all processes")
@@ -87,6 +91,7 @@ class Config:
     momentum_start: float = flag(0.996, "target encoder's momentum at step 0")
     momentum_end: float = flag(1.0, "target encoder's momentum at the end")
     momentum_schedule: str = flag("cosine", "cosine, linear (as the release) or constant")
+    stop_gradient: bool = flag(True, "targets without gradients; else collapse is at hand")
     schedule_stretch: float = flag(1.0, "lengthen all cosines, cut off at --steps (release: 1.25)")
     clip_grad: float = flag(10.0, "largest gradient norm, of encoder and predictor each")
     seed: int = flag(0, "seed of weights, clips, crops and masks")
@@ -145,7 +150,8 @@ def parse_args(arguments=None):
     given = vars(parser.parse_args(arguments))
     preset, name, restart = given.pop("preset"), given.pop("name"), given.pop("restart")
     config = replace(PRESETS[preset], **given)
-    return config, name or f"{preset}-seed{config.seed}", restart
+    method = "" if config.method == "vjepa" else f"-{config.method}"
+    return config, name or f"{preset}{method}-seed{config.seed}", restart
 
 
 def lr_at(step, total_steps, config):
@@ -161,27 +167,6 @@ def weight_decay_at(step, total_steps, config):
     """Weight decay of step 1, 2, ...: a cosine from weight_decay to weight_decay_end."""
     start, end = config.weight_decay, config.weight_decay_end
     return end + (start - end) * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def build_model(config):
-    """VJEPA, on the CPU, with initial weights that depend on the sizes and the seed only."""
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(config.seed)
-    names = ("img_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth",
-             "num_heads", "mlp_ratio", "predictor_dim", "predictor_depth")
-    return VJEPA(**{name: getattr(config, name) for name in names},
-                 num_mask_sets=len(config.num_blocks), init_std=config.init_std or None)
-
-
-def build_masks(config, grid):
-    """One mask sampler a mask set."""
-    lists = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
-    if len({len(values) for values in lists}) > 1:
-        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio take "
-                         "one number a mask set, so all equally many")
-    return [MultiBlockMask(grid, blocks, scale, config.aspect_ratio, context, target,
-                           config.mask_truncate or None)
-            for blocks, scale, context, target in zip(*lists, strict=True)]
 
 
 def build_optimizer(model, config):
@@ -229,9 +214,10 @@ def main(config, name, restart=False, signals=()):
     momentum_at = partial(ema.momentum_at, total_steps=total, start=config.momentum_start,
                           end=config.momentum_end, schedule=config.momentum_schedule)
     momentum_at(0)
-    model = build_model(config)
-    samplers = build_masks(config, model.encoder.grid)
-    clip = {"num_frames": config.num_frames, "frame_step": config.frame_step,
+    model, samplers = baselines.build(config)
+    # What the encoder takes: single frames with some methods.
+    num_frames = model.encoder.grid[0] * model.encoder.tubelet[0]
+    clip = {"num_frames": num_frames, "frame_step": config.frame_step,
             "img_size": config.img_size, "seed": config.seed, "split": "train"}
     if config.fps:
         clip["fps"] = config.fps
@@ -332,7 +318,7 @@ def main(config, name, restart=False, signals=()):
         suspects = []
         if all(map(math.isfinite, (loss, *norms))):
             scaler.step(optimizer)
-            ema.update(model.target_encoder, model.encoder, momentum)
+            model.update_target(momentum)
         else:  # a loss comes from certain micro-batches; a gradient alone may come from any
             suspects = [numbers_of(step, part) for part, value in enumerate(losses)
                         if math.isfinite(loss) or not value.isfinite()]

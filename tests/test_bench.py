@@ -1,5 +1,6 @@
 import torch
 
+import baselines
 import bench
 import train
 from masks import sample_masks
@@ -8,9 +9,9 @@ from tests.runs import FAST
 
 def test_operations_are_those_of_the_matrix_products():
     config, _, _ = train.parse_args(FAST)
-    model = train.build_model(config)
+    model, samplers = baselines.build(config)
     T, H, W = model.encoder.grid
-    masks = sample_masks(train.build_masks(config, (T, H, W)), [0, 1], 0)
+    masks = sample_masks(samplers, [0, 1], 0)
     phase = bench.Phases(torch.device("cpu"))
     phase.counting = True
     bench.step_in_phases(phase, model, torch.randn(2, 3, 4, 16, 16), masks,

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import checkpoint
+import baselines
 import train
 from metrics import SkippedSteps
-from model import CheckpointError
+from weights import CheckpointError
 from tests.runs import FAST, ROOT, command, metrics, newest, run, same, start
 
 LONG = ["--name", "run", "--steps", "60", "--save-every", "1", "--meter-every", "30"]
@@ -202,7 +203,7 @@ def test_two_checkpoints_are_kept_and_none_from_the_future(copy):
     shutil.copy(folder / "checkpoint-0000006.pt", folder / "checkpoint-0000002.pt")
     (folder / "checkpoint-0000006.pt").write_bytes(b"damaged")
     config, _, _ = train.parse_args(FAST)
-    model = train.build_model(config)
+    model = baselines.build(config)[0]
     checkpoint.save(folder, 5, model, train.build_optimizer(model, config),
                     torch.amp.GradScaler("cpu", enabled=False), SkippedSteps(), config)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [

@@ -4,6 +4,7 @@ import torch
 
 import ema
 import hardware
+import baselines
 import train
 from tests.runs import metrics, newest, same_losses, train_here
 
@@ -94,8 +95,7 @@ def bytes_kept_for_backward(model, clips, masks, precision):
          "--num-heads", "6", "--predictor-dim", "48"]])
 def test_expected_memory_is_that_of_the_real_model(flags, precision):
     config, _, _ = train.parse_args(flags)
-    model = train.build_model(config)
-    samplers = train.build_masks(config, model.encoder.grid)
+    model, samplers = baselines.build(config)
     sizes = [(sampler.num_context, sampler.num_targets) for sampler in samplers]
     expected = hardware.expected_memory(model, config, sizes, precision, micro=2, world=1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -111,8 +111,8 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients_for_less_memo
     config, _, _ = train.parse_args(["--depth", "3"])
     clips, results = torch.randn(2, 3, 8, 40, 40), []
     for flagged in (False, True):
-        model = train.build_model(config)
-        masks = train.sample_masks(train.build_masks(config, model.encoder.grid), [0, 1], 0)
+        model, samplers = baselines.build(config)
+        masks = train.sample_masks(samplers, [0, 1], 0)
         if flagged:
             hardware.checkpoint_activations(model)
         kept = bytes_kept_for_backward(model, clips, masks, "fp32")
@@ -126,4 +126,4 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients_for_less_memo
 
 def test_optimizer_is_fused_where_it_can_be():
     config, _, _ = train.parse_args([])
-    assert train.build_optimizer(train.build_model(config), config).param_groups[0]["fused"]
+    assert train.build_optimizer(baselines.build(config)[0], config).param_groups[0]["fused"]

@@ -4,7 +4,7 @@ from torch import nn
 
 import heads
 from features import Features
-from model import CheckpointError
+from weights import CheckpointError
 from tests.conftest import GOLDEN
 
 

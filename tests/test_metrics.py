@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import metrics
+import baselines
 import train
 from tests.runs import train_here
 
@@ -17,8 +18,7 @@ def test_rank_is_that_of_the_features():
 
 def tiny_model():
     config, _, _ = train.parse_args("--img-size 16 --patch-size 4 --num-frames 4".split())
-    model = train.build_model(config)
-    samplers = train.build_masks(config, model.encoder.grid)
+    model, samplers = baselines.build(config)
     numbers = list(range(32))
     return model, train.sample_masks(samplers, numbers, 0)
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 import probe
+import baselines
 import train
 from data import BadFiles, DataError, open_data
 from features import untrained_encoder
-from model import CheckpointError, load_encoder
+from model import load_encoder
+from weights import CheckpointError
 from synthetic import Synthetic
 from tests.conftest import GOLDEN
 
@@ -84,7 +86,7 @@ def test_each_class_has_its_share_and_pictures_are_drawn(probed):
 def test_the_random_initial_encoder_is_the_run_s_own(probed):
     folder = probed[0] / "runs/tiny-seed0"
     config = train.Config(**json.loads((folder / "config.json").read_text()))
-    start = train.build_model(config).encoder.state_dict()
+    start = baselines.build(config)[0].encoder.state_dict()
     ours = untrained_encoder(folder, {}).state_dict()
     assert all(torch.equal(start[key], ours[key]) for key in start)
     trained = load_encoder(folder, "encoder").state_dict()

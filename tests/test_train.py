@@ -5,6 +5,7 @@ import torch
 
 import ema
 import hardware
+import baselines
 import train
 from data import DataError
 from synthetic import Synthetic
@@ -199,7 +200,7 @@ def test_published_presets_have_the_published_values():
 
 def test_biases_and_norms_do_not_decay():
     config, _, _ = train.parse_args(FAST)
-    model = train.build_model(config)
+    model = baselines.build(config)[0]
     optimizer = train.build_optimizer(model, config)
     train.set_schedules(optimizer, 0.1, 0.3)
     decayed, plain = optimizer.param_groups
