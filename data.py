@@ -4,7 +4,8 @@
     python data.py PATH ... --bench    clips per second on one core, and what takes the time
 
 PATH: a text or CSV file of `path label` lines, a folder class/clip.mp4 (with or without train/ and
-val/ above), folders of numbered frames, class folders of images, a single file, or `synthetic`.
+val/ above), folders of numbered frames, class folders of images, a single file, or `synthetic`
+(`synthetic:1.2`: with flicker of std 1.2).
 Everything random is a function of (seed, sample number): the file, where the clip starts, its crop,
 its flip. So a resumed run, or one with more processes, sees the clips it would have seen anyway.
 """
@@ -42,11 +43,19 @@ class Batch(NamedTuple):
 
 def open_data(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, **options):
     """The data set that the paths (list of str) point to; options as VideoClips has them."""
-    if "synthetic" in paths:
+    if any(path.split(":")[0] == "synthetic" for path in paths):
         if len(paths) > 1 or options:
             raise DataError("synthetic clips stand alone, without other paths, weights or --fps")
-        return Synthetic(num_frames, img_size, seed, split or "train")
+        return Synthetic(num_frames, img_size, seed, split or "train", *_noise(paths[0]))
     return VideoClips(paths, num_frames, frame_step, img_size, seed, train, split, **options)
+
+
+def _noise(name):
+    """'synthetic:1.2' -> [1.2], the flicker's std; 'synthetic' -> []."""
+    try:
+        return [float(text) for text in name.split(":")[1:]]
+    except ValueError:
+        raise DataError(f"{name}: after the colon goes a number, the flicker's std") from None
 
 
 class VideoClips(Dataset):
