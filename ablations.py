@@ -75,22 +75,23 @@ def configure(job, args, step_seconds):
     return replace(config, steps=max(1, round(steps)))
 
 
-def seconds_a_step(config, steps=4):
-    """How long a training step takes here, on one thread: the shortest of a few, in seconds."""
+def seconds_a_step(config, steps=10):
+    """The processor's time for a training step, on one thread: the shortest of a few, in seconds.
+    """
     model, samplers = baselines.build(config)
     optimizer = train.build_optimizer(model, config)
     frames = model.encoder.grid[0] * model.encoder.tubelet[0]
     dataset = open_data(config.data, frames, config.frame_step, config.img_size)
     times = []
     for step in range(steps):
-        begin = time.perf_counter()
+        begin = time.process_time()
         numbers = list(range(step * config.batch_size, (step + 1) * config.batch_size))
         clips, *_ = dataset.__getitems__(numbers)
         model(clips, sample_masks(samplers, numbers, config.seed)).backward()
         optimizer.step()
         optimizer.zero_grad()
         model.update_target(0.99)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return min(times)
 
 
@@ -141,9 +142,9 @@ def do(job, config, fractions, folder):
     run, seconds = RUNS[job.run], 0.0
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if run.trained:
-            begin = time.perf_counter()
+            begin = time.process_time()
             train.main(config, str(folder.relative_to("runs")))
-            seconds = time.perf_counter() - begin
+            seconds = time.process_time() - begin
             encoder = load_encoder(folder)
         else:
             encoder = baselines.build(config)[0].encoder.eval().requires_grad_(False)

@@ -79,8 +79,8 @@ TABLES = {
          "pixels-time": "pixels, as much time", "random": "random weights"},
         [("features beat pixels at equal clips", "vjepa", "pixels"),
          ("features beat pixels at equal time", "vjepa", "pixels-time")],
-        "Latent targets beat pixels by 5 points and more. Here encoder, predictor and masks are the "
-        "same; pixels are normalised tubelets with a squared loss."),
+        "Latent targets beat pixels by 5 points and more. Here encoder, predictor and masks are "
+        "the same; pixels are normalised tubelets with a squared loss."),
     2: Table(
         "Masks",
         {"vjepa": "multi-block, fixed size", "random-masks": "random", "tube-masks": "tube",
@@ -96,8 +96,9 @@ TABLES = {
         {"ratio-0.50": "0.50", "ratio-0.75": "0.75", "vjepa": "0.87", "ratio-0.97": "0.97"},
         [("0.87 beats 0.50", "vjepa", "ratio-0.50"), ("0.87 beats 0.75", "vjepa", "ratio-0.75"),
          ("0.87 beats 0.97", "vjepa", "ratio-0.97")],
-        "Best at 0.85 to 0.95. Here 0.87 is the mean of 0.80 and 0.93; for lower shares, blocks are "
-        "fewer and smaller; for 0.97, less context is kept of the same blocks.", axis="masked share"),
+        "Best at 0.85 to 0.95. Here 0.87 is the mean of 0.80 and 0.93; for lower shares, blocks "
+        "are fewer and smaller; for 0.97, less context is kept of the same blocks.",
+        axis="masked share"),
     4: Table(
         "Predictor: depth x width",
         {"predictor-1x64": "1 x 64", "predictor-4x32": "4 x 32", "vjepa": "4 x 64",
