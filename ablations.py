@@ -75,7 +75,7 @@ def configure(job, args, step_seconds):
     return replace(config, steps=max(1, round(steps)))
 
 
-def seconds_a_step(config, steps=10):
+def seconds_a_step(config, steps=5):
     """The processor's time for a training step, on one thread: the shortest of a few, in seconds.
     """
     model, samplers = baselines.build(config)
@@ -102,10 +102,12 @@ def measure_speeds(names, args):
     known = json.loads(file.read_text()) if file.exists() else {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name in tqdm([name for name in names if name not in known], "measuring the speed",
-                     leave=False, disable=None):
-        known[name] = seconds_a_step(configure(Job(name, 0, 1e-3, "val"), args, {}))
-        file.write_text(json.dumps(known, indent=1) + "\n")
+    new = [name for name in names if name not in known]
+    rounds = 3  # each run's turn comes thrice, as the first ones are slower
+    for name in tqdm(rounds * new, "measuring the speed", leave=False, disable=None):
+        seconds = seconds_a_step(configure(Job(name, 0, TRIED[0], "val"), args, {}))
+        known[name] = min(seconds, known.get(name, seconds))
+    file.write_text(json.dumps(known, indent=1) + "\n")
     torch.set_num_threads(threads)
     return known
 
