@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import baselines
+import findings
 import train
 from data import BadFiles, DataError, open_data
 from features import FrameByFrame, encode, open_parts
@@ -225,7 +226,8 @@ def main(args):
     (out / "ablations").mkdir(parents=True, exist_ok=True)
     write_csv(out / "ablations" / "trials.csv", tried)
     write_csv(out / "ablations" / "results.csv", results)
-    print(results)
+    findings.write(args.out, " ".join(["python ablations.py", *sys.argv[1:]]), tables)
+    print(f"written to {out}/ablations.md and {out}/ablations/")
 
 
 def parse_args(arguments=None):
