@@ -58,7 +58,7 @@ RUNS = {
        for name, flags, tuned in (("vjepa", "", "vjepa"), ("pixels", PIXELS, "pixels"))},
 }
 
-TRIED = (5e-4, 1e-3, 2e-3)  # learning rates, for every run that another's `tuned` names
+TRIED = (5e-4, 1e-3, 2e-3, 4e-3)  # learning rates, for every run that another's `tuned` names
 
 
 class Table(NamedTuple):
