@@ -5,6 +5,7 @@ on the mean token; knn: a vote of the nearest training clips by the mean token.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def weights(self, query, x, scale=1.0):
+        """How much each head looks at each token: (1, 1, D), (B, N, D) -> (B, N, heads)."""
+        D, h = x.shape[-1], self.num_heads
+        key_weight = self.kv.weight[:D].view(h, D // h, D)
+        query = torch.einsum("hd,hdD->hD", self.q(query).view(h, D // h), key_weight) * scale
+        return (x @ query.T * (D // h) ** -0.5).softmax(dim=1)
+
     def forward(self, query, x, scale=1.0, shift=0.0):
         """(1, 1, D), (B, N, D) -> (B, 1, D): the query attends over tokens scale * x + shift.
 
@@ -33,10 +41,8 @@ class CrossAttention(nn.Module):
         through the tokens. (What raises all scores alike, as the key bias, has no effect.)
         """
         D, h = x.shape[-1], self.num_heads
-        key_weight, value_weight = self.kv.weight.view(2, h, D // h, D)
-        query = torch.einsum("hd,hdD->hD", self.q(query).view(h, D // h), key_weight) * scale
-        scores = x @ query.T * (D // h) ** -0.5  # (B, N, h)
-        averages = scores.softmax(dim=1).transpose(1, 2) @ x * scale + shift  # (B, h, D)
+        value_weight = self.kv.weight[D:].view(h, D // h, D)
+        averages = self.weights(query, x, scale).transpose(1, 2) @ x * scale + shift  # (B, h, D)
         values = torch.einsum("bhD,hdD->bhd", averages, value_weight).flatten(1)  # (B, D)
         return (values + self.kv.bias[D:])[:, None]  # (B, 1, D)
 
@@ -84,6 +90,12 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, features):
         return self.linear(self.pooler(features))
+
+    def attention(self, features):
+        """Where the query looks: (B, N, D) -> (B, N, heads), which sum to 1 over the tokens."""
+        block = self.pooler.cross_attention_block
+        plain = F.layer_norm(features, features.shape[-1:], eps=block.norm1.eps)
+        return block.xattn.weights(self.pooler.query_tokens, plain, block.norm1.weight)
 
     @classmethod
     def from_checkpoint(cls, path, num_heads):
@@ -167,13 +179,37 @@ def fit_linear(features, labels, decay, num_classes):
     return lambda x: layer(x).softmax(-1).detach()
 
 
+class FittedProbe(NamedTuple):
+    """An attentive probe, and what its tokens are standardised by."""
+
+    probe: AttentiveProbe
+    mean: torch.Tensor  # (D,)
+    std: torch.Tensor  # (D,)
+
+    def prepare(self, tokens):
+        return tokens.to(self.mean.device, torch.float32, copy=True).sub_(self.mean).mul_(
+            1 / self.std)
+
+    @torch.no_grad()
+    def predict(self, tokens):
+        """(m, V, N, D) -> probabilities (m, num_classes), averaged over the views."""
+        parts = [self.probe(self.prepare(part).flatten(0, 1)).softmax(-1)
+                 for part in tokens.split(64)]
+        return torch.cat(parts).unflatten(0, (len(tokens), -1)).mean(1).cpu()
+
+    @torch.no_grad()
+    def attention(self, tokens):
+        """Where it looks, mean over the heads: (m, N, D) -> (m, N)."""
+        return self.probe.attention(self.prepare(tokens)).mean(-1).cpu()
+
+
 def fit_attentive(tokens, labels, fit, val, num_heads, num_classes, seed, device="cpu"):
     """Train an attentive probe on stored tokens; keep the epoch best on validation.
 
     tokens: (n, V, N, D), of which the first view is used; labels: (n,); fit, val: indices (of
-    clips to train on and to choose the epoch by) -> function from tokens (m, V, N, D) to
-    probabilities (m, num_classes), averaged over the views. 20 epochs of AdamW, learning rate 1e-3
-    on a cosine to 0, weight decay 0.01, as published; small sets get as many as make 200 steps.
+    clips to train on and to choose the epoch by) -> FittedProbe. 20 epochs of AdamW, learning
+    rate 1e-3 on a cosine to 0, weight decay 0.01, as published; small sets get as many as make 200
+    steps.
     """
     torch.manual_seed(seed)
     probe = AttentiveProbe(tokens.shape[-1], num_heads, num_classes, init_std=None).to(device)
@@ -182,32 +218,24 @@ def fit_attentive(tokens, labels, fit, val, num_heads, num_classes, seed, device
     epochs = max(20, -(-200 * batch_size // len(fit)))
     total = epochs * (len(fit) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    mean, std = (moment.to(device) for moment in token_moments(tokens, fit))
-
-    def prepare(tokens):
-        return tokens.to(device, torch.float32, copy=True).sub_(mean).mul_(1 / std)
-
-    @torch.no_grad()
-    def predict(tokens):
-        parts = [probe(prepare(part).flatten(0, 1)).softmax(-1) for part in tokens.split(64)]
-        return torch.cat(parts).unflatten(0, (len(tokens), -1)).mean(1).cpu()
-
+    fitted = FittedProbe(probe, *(moment.to(device) for moment in token_moments(tokens, fit)))
     best, best_state = -1.0, None
     for epoch in range(epochs):
         order = fit[torch.randperm(len(fit))]
         for i in range(len(fit) // batch_size):
             batch = order[i * batch_size:(i + 1) * batch_size]
-            loss = F.cross_entropy(probe(prepare(tokens[batch, 0])), labels[batch].to(device))
+            loss = F.cross_entropy(probe(fitted.prepare(tokens[batch, 0])),
+                                   labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         if epoch >= epochs // 2:
-            score = accuracy(predict(tokens[val, :1]).argmax(1), labels[val])
+            score = accuracy(fitted.predict(tokens[val, :1]).argmax(1), labels[val])
             if score >= best:
                 best, best_state = score, copy.deepcopy(probe.state_dict())
     probe.load_state_dict(best_state)
-    return predict
+    return fitted
 
 
 def token_moments(tokens, rows):
@@ -246,5 +274,5 @@ def probe_all(train, test, kind, num_classes, num_heads, fraction=1.0, seed=0, r
     if train.tokens.shape[2] > 1:
         attentive = fit_attentive(train.tokens, train.labels[kind], used[fit], used[val], num_heads,
                                   num_classes, seed, device)
-        predicted = {"attentive": attentive(test.tokens[test_rows]), **predicted}
+        predicted = {"attentive": attentive.predict(test.tokens[test_rows]), **predicted}
     return {probe: scores.argmax(1) for probe, scores in predicted.items()}

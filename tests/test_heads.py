@@ -101,7 +101,7 @@ def test_the_softmax_is_averaged_over_views():
     tokens = torch.randn(100, 1, 3, 4, generator=generator)
     tokens[..., 0] += 6 * labels[:, None, None]
     fit, val = heads.split_for_validation(labels, generator)
-    predict = heads.fit_attentive(tokens, labels, fit, val, 1, 2, seed=0)
+    predict = heads.fit_attentive(tokens, labels, fit, val, 1, 2, seed=0).predict
     both = torch.stack([tokens[:2, 0], tokens[1:3, 0]], dim=1)  # clips 0 and 1, then 1 and 2
     alone = predict(tokens[:3])
     torch.testing.assert_close(predict(both), (alone[:2] + alone[1:]) / 2)
