@@ -303,6 +303,45 @@ def load_encoder(path, which=None, **overrides):
     return encoder.eval().requires_grad_(False)
 
 
+def draw(clip, tokens, sizes, path):
+    """A clip's way to the loss, as a picture. clip, tokens, sizes: the text of boxes and arrows."""
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    figure = Figure((12.5, 4.4), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(0, 100), ylim=(0, 36))
+    axis.set_axis_off()
+    trained, moved, plain = "#BFD9EE", "#F6D9B8", "#EEEEEE"
+    boxes = [(1, 13, f"clip\n{clip}", plain),
+             (19, 24, f"context: visible\n{tokens['context']} of {tokens['all']} tokens", plain),
+             (39, 24, f"encoder\n{sizes['encoder']}", trained),
+             (58, 24, f"predictor, {tokens['target']} mask\ntokens\n{sizes['predictor']}", trained),
+             (78, 24, f"predictions\n{tokens['guess']}", plain),
+             (19, 3, f"all\n{tokens['all']} tokens", plain),
+             (39, 3, f"target encoder\n{sizes['target_encoder']}\nno gradient", moved),
+             (58, 3, f"LayerNorm, then\nthe {tokens['target']} masked tokens", plain),
+             (78, 3, f"targets\n{tokens['guess']}", plain), (87.5, 13.5, "loss: mean |difference|",
+                                                            "#D9EAD3")]
+    for x, y, text, colour in boxes:
+        axis.text(x, y + 4, text, va="center", fontsize=10,
+                  bbox={"boxstyle": "round,pad=0.5", "facecolor": colour, "edgecolor": "#444444"},
+                  ha="left" if x != 87.5 else "center")
+    for start, end in (((9, 21), (18, 27)), ((9, 14), (18, 8)), ((31, 28), (38, 28)),
+                       ((51.5, 28), (57, 28)), ((70, 28), (77, 28)), ((27, 7), (38, 7)),
+                       ((51.5, 7), (57, 7)), ((71.5, 7), (77, 7)), ((85, 24), (87, 20)),
+                       ((85, 11), (87, 15))):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#444444"})
+    axis.annotate("", (44, 12), (44, 24),
+                  arrowprops={"arrowstyle": "->", "color": "#B05A00", "linestyle": "--"})
+    axis.text(45, 17.5, "moving average of the weights,\nonce a step", fontsize=9, color="#B05A00")
+    figure.suptitle("V-JEPA: blue is trained by gradients, orange follows; shapes are (clips, "
+                    "tokens, channels)")
+    Path(path).parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
 def main():
     """Walk one clip through the shapes, at the size of the paper's ViT-L/16."""
     from masks import MultiBlockMask
@@ -314,19 +353,23 @@ def main():
     context, target = (indices.to("meta") for indices in sampler.sample([0], seed=0))
     features = model.encoder(clips, context)
     guess = model.predictor(features, context, target, mask_index=0)
-
-    def parameters(module):
-        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters"
+    num_tokens = math.prod(model.encoder.grid)
+    sizes = {name: f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+             for name, network in model.named_children()}
 
     print("ViT-L/16, one clip, a short-range mask")
     print(f"clip              {tuple(clips.shape)}  (B, C, T, H, W)")
     print(f"grid of tokens    {model.encoder.grid}, tubelets of {model.encoder.tubelet}")
-    print(f"context           {tuple(context.shape)} of {math.prod(model.encoder.grid)} tokens")
-    print(f"  -> encoder      {tuple(features.shape)}  {parameters(model.encoder)}")
-    print(f"targets           {tuple(target.shape)} of {math.prod(model.encoder.grid)} tokens")
-    print(f"  -> predictor    {tuple(guess.shape)}  {parameters(model.predictor)}")
+    print(f"context           {tuple(context.shape)} of {num_tokens} tokens")
+    print(f"  -> encoder      {tuple(features.shape)}  {sizes['encoder']}")
+    print(f"targets           {tuple(target.shape)} of {num_tokens} tokens")
+    print(f"  -> predictor    {tuple(guess.shape)}  {sizes['predictor']}")
     print(f"target encoder    {tuple(model.targets(clips).shape)}, an average of the encoder")
     print("loss              mean of |prediction - target| over the masked tokens")
+    draw(tuple(clips.shape), {"context": context.shape[1], "target": target.shape[1],
+                              "all": num_tokens, "guess": tuple(guess.shape)}, sizes,
+         "out/model.png")
+    print("drawn: out/model.png")
 
 
 if __name__ == "__main__":

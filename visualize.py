@@ -102,8 +102,8 @@ def draw_features(colours, share, images, captions, shape, out):
         moving.append(torch.cat([images[i], coloured], dim=1))  # (T, 2 * H, W, 3)
     show_rows(rows, "Frames, and below them the target encoder's tokens",
               "Colour: the first three principal components of all tokens of all clips, so it "
-              f"means the same everywhere; they hold {share:.0%} of the variance. Each position's mean "
-              "over clips is subtracted.", out / "features.png", 0.6)
+              f"means the same everywhere; they hold {share:.0%} of the variance. Each position's "
+              "mean over clips is subtracted.", out / "features.png", 0.6)
     film = (torch.cat(moving, dim=2) * 255).byte().numpy()  # (T, 2 * H, n * W, 3)
     frames = [Image.fromarray(frame).resize((frame.shape[1] * 3, frame.shape[0] * 3), 0)
               for frame in film]
