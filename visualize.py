@@ -51,7 +51,7 @@ def strip(frames):
     """Some frames of RGB (T, H, W, 3), side by side with gaps: (H, n * W + gaps, 3)."""
     shown = np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)
     padded = F.pad(frames[shown].movedim(-1, 1), (1, 1), value=1.0)  # (n, 3, H, W + 2)
-    return padded.permute(2, 0, 3, 1).flatten(1, 2)
+    return padded.permute(2, 0, 3, 1).flatten(1, 2).numpy()
 
 
 def show_rows(rows, title, caption, path, height=0.75):
@@ -205,7 +205,7 @@ def draw_neighbours(found, queries, images, captions, out):
     for row, axes_row in enumerate(axes):
         numbers = [queries[row], *(n for indices in found.values() for n in indices[row].tolist())]
         for axis, number, head in zip(axes_row, numbers, heads, strict=True):
-            axis.imshow(images(number))
+            axis.imshow(images(number).numpy())
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(captions(number), fontsize=8)
             if row == 0:
