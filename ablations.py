@@ -39,13 +39,9 @@ from heads import accuracy, probe_all
 from masks import sample_masks
 from model import load_encoder
 from probe import PROBE_SEED
-from study import RUNS, TABLES, TRIED
+from study import BASE, RUNS, TABLES, TRIED
 from weights import CheckpointError
 
-# Preset tiny, smaller still. Later flags win, so those on the command line do.
-BASE = ("--preset tiny --embed-dim 64 --num-heads 2 --predictor-dim 64 --data synthetic:0.3 "
-        "--steps 800 --batch-size 16 --momentum-start 0.99 --workers 0 --meter-every 1000000 "
-        "--save-every 1000000").split()
 TRIAL_SEED = 1000  # of the runs that the learning rate is chosen by; tables use 0, 1, 2, ...
 FRACTIONS = (1.0, 0.1, 0.05, 0.01)
 
@@ -226,7 +222,9 @@ def main(args):
     (out / "ablations").mkdir(parents=True, exist_ok=True)
     write_csv(out / "ablations" / "trials.csv", tried)
     write_csv(out / "ablations" / "results.csv", results)
-    findings.write(args.out, " ".join(["python ablations.py", *sys.argv[1:]]), tables)
+    (out / "ablations" / "command.txt").write_text(" ".join(["python ablations.py", *args.given])
+                                                   + "\n")
+    findings.write(args.out, tables)
     print(f"written to {out}/ablations.md and {out}/ablations/")
 
 
@@ -244,6 +242,7 @@ def parse_args(arguments=None):
     parser.add_argument("--out", default="docs", help="folder for ablations.md and ablations/")
     parser.add_argument("--list", action="store_true", help="say what would be run, and stop")
     args, args.train_flags = parser.parse_known_args(arguments)
+    args.given = sys.argv[1:] if arguments is None else arguments
     args.tables = args.tables or list(TABLES)
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {sorted(unknown)[0]}, only 1 to {len(TABLES)}")

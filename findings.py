@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from masks import MultiBlockMask
-from study import TABLES, TRIED
+from study import BASE, TABLES, TRIED
 
 # Accuracies in the tables: (column of results.csv, what it is called).
 SCORES = {"motion attentive 1": "motion", "motion attentive 0.1": "motion, 10 %",
@@ -215,23 +215,25 @@ def rate_lines(path):
     yield from markdown_table(["run", *(f"{lr:g}" for lr in sorted(TRIED))], rows)
 
 
-def write(out, command, tables=TABLES):
-    """docs/ablations.md and the pictures, from the CSV files in docs/ablations/."""
+def write(out, tables=TABLES):
+    """docs/ablations.md and the pictures, from the files in docs/ablations/."""
     folder = Path(out) / "ablations"
     runs = read(folder / "results.csv")
     seeds = max(len(run["seed"]) for run in runs.values())
+    command = (folder / "command.txt").read_text().strip()
     lines = [
         "# The paper's comparisons, at laptop scale", "",
-        f"Made by `{command}` on 2 cores of an AMD EPYC; written by `python findings.py` from "
-        "[results.csv](ablations/results.csv) (every run, with linear and k-NN probes, too) and "
-        "[trials.csv](ablations/trials.csv).", "",
-        "Encoder 4 blocks of width 64, clips of 8 frames at 40 x 40 pixels, 4 x 5 x 5 tokens, made "
-        "up as in [synthetic.py](../synthetic.py) with flicker 0.3; 800 steps of 16 clips, unless "
-        "a table says otherwise. **Accuracies are of attentive probes on frozen features, mean +- "
-        f"standard deviation over {seeds} pretraining seeds**; 2,000 labelled clips or 10 % of "
-        "them to train the probes, 1,000 test clips; chance is 0.125. *Seconds* are the "
-        "processor's, on one thread, for training. Labels are of a clip's motion (8 ways to move) "
-        "and its appearance (8 shapes).", "",
+        f"Made by `{command}`. Every run is in [results.csv](ablations/results.csv), with linear and "
+        "k-NN probes, too, and every trial for a learning rate in [trials.csv](ablations/trials.csv"
+        "); `python findings.py` writes this page and its pictures from them.", "",
+        f"A run is `python train.py {' '.join(BASE)}` with what its row adds ([study.py](../study.py"
+        ")) and what the command adds. So, unless that says otherwise: an encoder of 4 blocks of "
+        "width 64; made-up clips of 8 frames at 40 x 40 pixels, 4 x 5 x 5 tokens, with flicker 0.3 "
+        "([synthetic.py](../synthetic.py)); 800 steps of 16 clips. Labels are of a clip's motion (8 "
+        "ways to move) and its appearance (8 shapes); chance is 0.125.", "",
+        f"**Accuracies are of attentive probes on frozen features, mean +- standard deviation over "
+        f"{seeds} pretraining seeds**, trained with 2,000 labelled clips or 10 % of them and tested "
+        "on 1,000. *Seconds* are the processor's, on one thread, for training.", "",
         "A claim's cell holds the difference and whether it agrees with the claim: `agree` or "
         "`disagree` where it is clear at 95 % (t-test), else `within noise`. One clear cell in "
         "twenty is so by chance.", "",
@@ -253,4 +255,4 @@ def write(out, command, tables=TABLES):
 
 
 if __name__ == "__main__":
-    write("docs", "python ablations.py")
+    write("docs")

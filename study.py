@@ -7,11 +7,16 @@ over seeds: `agree` or `disagree` where the difference is more than twice its st
 
 from typing import NamedTuple
 
+# Preset tiny, smaller still. Later flags win: a run's, and before them the command line's.
+BASE = ("--preset tiny --embed-dim 64 --num-heads 2 --predictor-dim 64 --data synthetic:0.3 "
+        "--steps 800 --batch-size 16 --momentum-start 0.99 --workers 0 --meter-every 1000000 "
+        "--save-every 1000000").split()
+
 
 class Run(NamedTuple):
     """One way to train, but for the seed."""
 
-    flags: str = ""  # of train.py, beside ablations.BASE
+    flags: str = ""  # of train.py, beside BASE
     tuned: str = "vjepa"  # the run whose trials chose the learning rate
     length: float = 1.0  # of the steps
     as_long_as: str = ""  # instead: as many steps as take the time of this run

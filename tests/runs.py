@@ -1,8 +1,12 @@
 """How the tests start runs, and what they look at afterwards."""
 
 import csv
+import math
 import multiprocessing
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import ema
 import train
+from synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
 FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --num-heads 2 "
@@ -21,29 +27,47 @@ FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "matplotlib.figure"])
 
-# Runs train.py, and has one process send itself a signal in the given step, once.
+# Runs train.py, and has one process send itself a signal.
 SIGNALLED = """
-import os, runpy, signal, sys
+import runpy, sys
 sys.path.insert(0, {root!r})
-import ema
-update, steps = ema.update, 0
-def update_or_die(*arguments):
-    global steps
-    steps += 1
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if steps == {step} and os.environ.get("RANK", "0") == "{rank}" and first:
-        os.kill(os.getpid(), signal.{signal})
-    update(*arguments)
-ema.update = update_or_die
+from tests.runs import send_signal
+send_signal({step}, {rank}, {name!r})
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
-def signalled(folder, step, rank, signal):
+def send_signal(step, rank, name):
+    """Have this process send itself a signal in a step, if it is the one meant, and only once."""
+    update, steps = ema.update, []
+
+    def update_or_die(*arguments):
+        steps.append(step)
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if len(steps) == step and os.environ.get("RANK", "0") == str(rank) and first:
+            os.kill(os.getpid(), getattr(signal, name))
+        update(*arguments)
+    ema.update = update_or_die
+
+
+def signalled(folder, step, rank, name):
     """A script that is train.py, but for the signal that process `rank` gets in a step."""
     script = folder / "signalled.py"
-    script.write_text(SIGNALLED.format(root=str(ROOT), step=step, rank=rank, signal=signal))
+    script.write_text(SIGNALLED.format(root=str(ROOT), step=step, rank=rank, name=name))
     return script
+
+
+def spoil_clips(numbers, patch=None):
+    """Have the clips of these sample numbers hold a NaN."""
+    get = Synthetic.__getitems__
+
+    def spoiled(self, wanted):
+        batch = get(self, wanted)
+        for clip, number in zip(batch[0], batch[1].tolist(), strict=True):
+            if self.split == "train" and number in numbers:
+                clip[0, 0, 0, 0] = math.nan
+        return batch
+    (patch or pytest.MonkeyPatch()).setattr(Synthetic, "__getitems__", spoiled)
 
 
 def command(*flags, processes=1, script=ROOT / "train.py", restarts=0):
@@ -59,20 +83,42 @@ def run(folder, *flags, **options):
                           capture_output=True, text=True, timeout=240)
 
 
-def in_child(folder, flags):
+def in_child(folder, flags, environment, first):
     os.chdir(folder)
+    os.environ.update(environment)
     torch.set_num_threads(1)
     with open("output.txt", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    train.main(*train.parse_args([*FAST, *flags]))
+    if first:
+        first()
+    sys.argv = ["train.py", *FAST, *flags]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def start(folder, *flags):
-    """Start a run in another process; -> multiprocessing.Process."""
-    process = SERVER.Process(target=in_child, args=(folder, flags))
+def start(folder, *flags, environment=(), first=None):
+    """Start a run in another process, which calls `first` before; -> its Process."""
+    process = SERVER.Process(target=in_child, args=(folder, flags, dict(environment), first))
     process.start()
     return process
+
+
+def together(folder, *flags, processes=2, first=None):
+    """A run of several processes, as torchrun would start them; -> exit codes, output.
+
+    Quicker, as they need not import torch first.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    everyone = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before = (folder / "output.txt").stat().st_size if (folder / "output.txt").exists() else 0
+    children = [start(folder, *flags, first=first, environment=everyone | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    for child in children:
+        child.join(200)
+        child.kill()
+    return [child.exitcode for child in children], (folder / "output.txt").read_text()[before:]
 
 
 def train_here(folder, patch, *flags):

@@ -1,15 +1,16 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
+import baselines
 import ema
 import hardware
-import baselines
 import train
 from data import DataError
-from synthetic import Synthetic
-from tests.runs import (FAST, ROOT, metrics, newest, run, same, same_losses, signalled, train_here)
+from tests.runs import (FAST, metrics, newest, run, same, same_losses, send_signal, signalled,
+                        spoil_clips, together, train_here)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def test_two_processes_do_not_change_losses(uninterrupted, two_processes):
 @pytest.mark.parametrize("processes, flags", [
     (1, ["--micro-batch", "1"]), (2, ["--micro-batch", "1", "--checkpoint-activations"]), (4, [])])
 def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path, processes, flags):
-    result = run(tmp_path, "--name", "split", *flags, processes=processes)
-    assert result.returncode == 0, result.stderr
+    codes, output = together(tmp_path, "--name", "split", *flags, processes=processes)
+    assert set(codes) == {0}, output
     same_losses(metrics(tmp_path, "split"), metrics(uninterrupted, "whole"))
 
 
@@ -78,18 +79,17 @@ def test_a_sharded_run_and_a_whole_one_go_on_from_each_other(uninterrupted, tmp_
     for name, first in (("to-whole", 2), ("to-shards", 1)):
         # A signal in the third step: the fourth is the last of the first kind.
         for processes in (first, 3 - first):
-            script = ROOT / "train.py"
-            if processes == first:
-                script = signalled(tmp_path, step=3, rank=0, signal="SIGTERM")
+            signals = partial(send_signal, 3, 0, "SIGTERM") if processes == first else None
             flags = ["--shard", "--micro-batch", "1"] if processes == 2 else []
-            result = run(tmp_path, "--name", name, *flags, processes=processes, script=script)
-            assert (result.returncode == 0) == (processes != first), result.stderr
+            codes, output = together(tmp_path, "--name", name, *flags, processes=processes,
+                                     first=signals)
+            assert set(codes) == {143 if signals else 0}, output
             assert newest(tmp_path, name)["step"] == (4 if processes == first else 6)
         same_losses(metrics(tmp_path, name), metrics(uninterrupted, "whole"))
 
 
 def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
-    script = signalled(tmp_path, step=5, rank=1, signal="SIGKILL")
+    script = signalled(tmp_path, step=5, rank=1, name="SIGKILL")
     result = run(tmp_path, "--name", "killed", "--restart", processes=2, script=script, restarts=3)
     assert result.returncode == 0, result.stderr
     assert "resumed after step 4" in result.stdout
@@ -99,29 +99,15 @@ def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
 
 
 def test_all_processes_stop_at_the_same_step_if_one_gets_a_signal(tmp_path):
-    script = signalled(tmp_path, step=3, rank=1, signal="SIGTERM")
-    result = run(tmp_path, "--name", "run", processes=2, script=script)
-    assert result.returncode != 0 and "exitcode  : 143" in result.stderr
+    codes, output = together(tmp_path, "--name", "run", first=partial(send_signal, 3, 1, "SIGTERM"))
+    assert codes == [143, 143]
     # The signal came after the third step's exchange, so that the fourth is the last.
-    assert "stopped after step 4; the same command goes on from there" in result.stderr
+    assert "stopped after step 4; the same command goes on from there" in output
     assert newest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
 
 
-def spoil_clips(patch, numbers):
-    """Have the clips of these sample numbers hold a NaN."""
-    get = Synthetic.__getitems__
-
-    def spoiled(self, wanted):
-        batch = get(self, wanted)
-        for clip, number in zip(batch[0], batch[1].tolist(), strict=True):
-            if self.split == "train" and number in numbers:
-                clip[0, 0, 0, 0] = math.nan
-        return batch
-    patch.setattr(Synthetic, "__getitems__", spoiled)
-
-
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
-    spoil_clips(monkeypatch, {9})
+    spoil_clips({9}, monkeypatch)
     momenta = []
     monkeypatch.setattr(ema, "update", lambda *arguments: momenta.append(arguments[2]))
     train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--meter-every", "100")
@@ -148,7 +134,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch, cap
 
 
 def test_ten_such_steps_in_a_row_stop_the_run_and_dump_a_batch(tmp_path, monkeypatch):
-    spoil_clips(monkeypatch, range(20, 1000))
+    spoil_clips(range(20, 1000), monkeypatch)
     with pytest.raises(FloatingPointError, match="10 steps in a row skipped, the last 15, "):
         train_here(tmp_path, monkeypatch, "--steps", "40", "--meter-every", "100")
     assert [row["skipped"] for row in metrics(tmp_path, "run")][-1] == "10"
@@ -159,15 +145,10 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_dump_a_batch(tmp_path, monkeyp
 
 
 def test_processes_skip_the_same_step(tmp_path):
-    script = tmp_path / "spoiled.py"
-    script.write_text(f"import runpy, sys, pytest\nsys.path.insert(0, {str(ROOT)!r})\n"
-                      "from tests.test_train import spoil_clips\n"
-                      "spoil_clips(pytest.MonkeyPatch(), [6])\n"
-                      f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    result = run(tmp_path, "--name", "run", processes=2, script=script)
-    assert result.returncode == 0, result.stderr
+    codes, output = together(tmp_path, "--name", "run", first=partial(spoil_clips, {6}))
+    assert codes == [0, 0], output
     assert [row["skipped"] for row in metrics(tmp_path, "run")] == list("011111")
-    assert "samples 6 to 7" in result.stderr and "samples 4 to" not in result.stderr
+    assert "samples 6 to 7" in output and "samples 4 to" not in output
 
 
 def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
@@ -269,9 +250,8 @@ def test_what_cannot_work_is_an_error_before_training(flags, says, tmp_path, mon
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path):
-    result = run(tmp_path, "--batch-size", "3", processes=2)
-    assert result.returncode != 0
-    assert "--batch-size 3 is not divisible by 2 processes" in result.stderr
+    codes, output = together(tmp_path, "--batch-size", "3")
+    assert codes == [1, 1] and "--batch-size 3 is not divisible by 2 processes" in output
 
 
 def test_a_checkpoint_of_other_shapes_in_the_way_is_an_error(uninterrupted, tmp_path):
