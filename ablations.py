@@ -1,7 +1,7 @@
 """The paper's comparisons at laptop scale: what is trained, probed, tabulated and drawn.
 
     python ablations.py                    all nine tables -> docs/ablations.md, pictures, CSV files
-    python ablations.py 1 5                tables 1 and 5
+    python ablations.py 1 5                tables 1 and 5, to out/
     python ablations.py 2 --steps 3000 --embed-dim 96     longer, larger: any flag of train.py
     python ablations.py --list             what would be run, and how long it would take
 
@@ -239,7 +239,8 @@ def parse_args(arguments=None):
     parser.add_argument("--budget", choices=["clips", "seconds"], default="clips",
                         help="what all rows have alike; seconds: those of V-JEPA's run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", default="docs", help="folder for ablations.md and ablations/")
+    parser.add_argument("--out", help="folder for ablations.md and ablations/ (docs for all "
+                        "tables as they are, else out)")
     parser.add_argument("--list", action="store_true", help="say what would be run, and stop")
     args, args.train_flags = parser.parse_known_args(arguments)
     args.given = sys.argv[1:] if arguments is None else arguments
@@ -247,6 +248,8 @@ def parse_args(arguments=None):
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {sorted(unknown)[0]}, only 1 to {len(TABLES)}")
     differs = [*args.train_flags, *([args.budget] if args.budget != "clips" else [])]
+    whole = args.tables == list(TABLES) and not differs
+    args.out = args.out or ("docs" if whole else "out")
     mark = hashlib.sha256(" ".join(differs).encode()).hexdigest()[:6] if differs else ""
     args.folder = Path("runs", "ablations" + f"-{mark}" * bool(mark))
     return args

@@ -223,17 +223,19 @@ def write(out, tables=TABLES):
     command = (folder / "command.txt").read_text().strip()
     lines = [
         "# The paper's comparisons, at laptop scale", "",
-        f"Made by `{command}`. Every run is in [results.csv](ablations/results.csv), with linear and "
-        "k-NN probes, too, and every trial for a learning rate in [trials.csv](ablations/trials.csv"
-        "); `python findings.py` writes this page and its pictures from them.", "",
-        f"A run is `python train.py {' '.join(BASE)}` with what its row adds ([study.py](../study.py"
-        ")) and what the command adds. So, unless that says otherwise: an encoder of 4 blocks of "
-        "width 64; made-up clips of 8 frames at 40 x 40 pixels, 4 x 5 x 5 tokens, with flicker 0.3 "
-        "([synthetic.py](../synthetic.py)); 800 steps of 16 clips. Labels are of a clip's motion (8 "
-        "ways to move) and its appearance (8 shapes); chance is 0.125.", "",
-        f"**Accuracies are of attentive probes on frozen features, mean +- standard deviation over "
-        f"{seeds} pretraining seeds**, trained with 2,000 labelled clips or 10 % of them and tested "
-        "on 1,000. *Seconds* are the processor's, on one thread, for training.", "",
+        f"Made by `{command}`. Every run is in [results.csv](ablations/results.csv), with linear "
+        "and k-NN probes, too, and every trial for a learning rate in "
+        "[trials.csv](ablations/trials.csv); `python findings.py` writes this page and its "
+        "pictures from them.", "",
+        f"A run is `python train.py {' '.join(BASE)}` with what its row adds "
+        "([study.py](../study.py)) and what the command adds. So, unless that says otherwise: an "
+        "encoder of 4 blocks of width 64; made-up clips of 8 frames at 40 x 40 pixels, 4 x 5 x 5 "
+        "tokens, with flicker 0.3 ([synthetic.py](../synthetic.py)); 800 steps of 16 clips. Labels "
+        "are of a clip's motion (8 ways to move) and its appearance (8 shapes); chance is 0.125.",
+        "",
+        "**Accuracies are of attentive probes on frozen features, mean +- standard deviation over "
+        f"{seeds} pretraining seeds**, trained with 2,000 labelled clips or 10 % of them and "
+        "tested on 1,000. *Seconds* are the processor's, on one thread, for training.", "",
         "A claim's cell holds the difference and whether it agrees with the claim: `agree` or "
         "`disagree` where it is clear at 95 % (t-test), else `within noise`. One clear cell in "
         "twenty is so by chance.", "",

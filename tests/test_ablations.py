@@ -55,7 +55,7 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(tmp_pat
     # Other processes would have the large data set.
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(ablations, "TRIED", (1e-3,))
-    args = ablations.parse_args(["1", "--seeds", "1", *SMALL])
+    args = ablations.parse_args(["1", "--seeds", "1", "--out", "docs", *SMALL])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small are slower on several
     ablations.main(args)
