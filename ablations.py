@@ -232,9 +232,7 @@ def parse_args(arguments=None):
     """Command line -> namespace; flags that are not known here are for train.py."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python ablations.py [TABLE ...] [--FLAG VALUE ...]")
-    parser.add_argument("tables", nargs="*", type=int, metavar="TABLE",
-                        help=f"1 to {len(TABLES)} (all)")
+                                     usage=f"python ablations.py [1 ... {len(TABLES)}] [--FLAG VALUE ...]")
     parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds of each row")
     parser.add_argument("--budget", choices=["clips", "seconds"], default="clips",
                         help="what all rows have alike; seconds: those of V-JEPA's run")
@@ -242,11 +240,14 @@ def parse_args(arguments=None):
     parser.add_argument("--out", help="folder for ablations.md and ablations/ (docs for all "
                         "tables as they are, else out)")
     parser.add_argument("--list", action="store_true", help="say what would be run, and stop")
-    args, args.train_flags = parser.parse_known_args(arguments)
-    args.given = sys.argv[1:] if arguments is None else arguments
-    args.tables = args.tables or list(TABLES)
-    if unknown := set(args.tables) - set(TABLES):
-        parser.error(f"there is no table {sorted(unknown)[0]}, only 1 to {len(TABLES)}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Tables come first: a number behind a flag that only train.py knows is that flag's.
+    first = next((i for i, word in enumerate(given) if word.startswith("-")), len(given))
+    args, args.train_flags = parser.parse_known_args(given[first:])
+    args.given, known = given, {str(number): number for number in TABLES}
+    if unknown := [word for word in given[:first] if word not in known]:
+        parser.error(f"there is no table {unknown[0]}, only 1 to {len(TABLES)}")
+    args.tables = [known[word] for word in given[:first]] or list(TABLES)
     differs = [*args.train_flags, *([args.budget] if args.budget != "clips" else [])]
     whole = args.tables == list(TABLES) and not differs
     args.out = args.out or ("docs" if whole else "out")

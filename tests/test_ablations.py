@@ -83,7 +83,9 @@ def test_an_unknown_table_or_flag_is_an_error(capsys):
     with pytest.raises(SystemExit):
         ablations.parse_args(["10"])
     assert "no table 10" in capsys.readouterr().err
+    assert ablations.parse_args(["3", "1"]).tables == [3, 1]
     args = ablations.parse_args(["--stepz", "3"])
+    assert args.tables == list(TABLES)
     with pytest.raises(SystemExit):
         ablations.configure(ablations.Job("vjepa", 0, 1e-3, "test"), args, {})
     assert "--stepz" in capsys.readouterr().err
