@@ -232,7 +232,7 @@ def parse_args(arguments=None):
     """Command line -> namespace; flags that are not known here are for train.py."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage=f"python ablations.py [1 ... {len(TABLES)}] [--FLAG VALUE ...]")
+                                     usage="python ablations.py [TABLE ...] [--FLAG VALUE ...]")
     parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds of each row")
     parser.add_argument("--budget", choices=["clips", "seconds"], default="clips",
                         help="what all rows have alike; seconds: those of V-JEPA's run")
