@@ -314,10 +314,14 @@ def main():
 
     from matplotlib.figure import Figure
 
-    grid = (8, 14, 14)
-    kinds = {"short range: 8 blocks of 15 %": (8, 0.15, 0.20, 0.50),
-             "long range: 2 blocks of 70 %": (2, 0.70, 0.07, 0.70)}
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    from synthetic import Synthetic
+
+    grid, patch = (8, 14, 14), 16
+    kinds = {"short range:\n8 blocks of 15 %": (8, 0.15, 0.20, 0.50),
+             "long range:\n2 blocks of 70 %": (2, 0.70, 0.07, 0.70)}
+    clips, *_ = Synthetic(2 * grid[0], grid[1] * patch, noise=0.2).__getitems__([1])
+    frames = (clips[0, 0, ::2] / 4 + 0.4).clamp(0, 1).numpy()  # the first frame of each time step
+    figure = Figure(figsize=(13, 5.4), layout="constrained")
     axes = figure.subplots(2, 6)
     print(f"{grid[0]} x {grid[1]} x {grid[2]} tokens; context tokens kept, per step of time")
     for row, (title, (blocks, scale, context, target)) in zip(axes, kinds.items(), strict=True):
@@ -325,24 +329,25 @@ def main():
             sampler = MultiBlockMask(grid, blocks, scale, (0.75, 1.5), context, target, truncate)
             batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=0) for i in range(100)]
             kept = torch.cat([context.flatten() for context, _ in batches])
-            counts = torch.bincount(kept // 196, minlength=8) / (24 * len(batches))
-            name = "release" if truncate else "fixed size"
-            print(f"{title}, {name}:", *(f"{count:5.1f}" for count in counts))
-            row[5].plot(range(8), counts, style, label=name)
+            steps = torch.bincount(kept // 196, minlength=8) / (24 * len(batches))
+            name = "cut to the batch's shortest" if truncate else "fixed size"
+            print(f"{title}, {name}:".replace("\n", " "), *(f"{count:5.1f}" for count in steps))
+            row[5].plot(range(8), steps, style, label=name)
             if truncate:
                 continue
+            # Of each token, how much of its red, green and blue is left: context is as it is.
+            shades = np.full((grid[0] * 196, 3), 0.15)
+            for indices, shade in zip(batches[0], ((1, 1, 1), (1.0, 0.55, 0.0)), strict=True):
+                shades[indices[0]] = shade
+            shades = shades.reshape(*grid, 3).repeat(patch, axis=1).repeat(patch, axis=2)
             for axis, step in zip(row, (0, 2, 4, 6, 7), strict=False):
-                image = np.zeros(grid[1] * grid[2])
-                for indices, value in zip(batches[0], (1, 2), strict=True):
-                    here = indices[0][indices[0] // 196 == step] % 196
-                    image[here] = value
-                axis.imshow(image.reshape(14, 14), cmap="cividis", vmin=0, vmax=2)
+                axis.imshow(frames[step, :, :, None] * shades[step])
                 axis.set(title=f"time step {step}", xticks=[], yticks=[])
         row[0].set_ylabel(title)
         row[5].set(title="context tokens kept", xlabel="time step", ylim=0)
-    axes[0, 5].legend(loc="upper right", fontsize=8)
-    figure.suptitle("One clip's masks: yellow = target, grey = context, dark blue = neither. "
-                    "Blocks span all time.")
+    axes[0, 5].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize=8)
+    figure.suptitle("One clip's masks, over its frames: plain = context, orange = target, dark = "
+                    "neither. Blocks span all time.")
     Path("out").mkdir(exist_ok=True)
     figure.savefig("out/masks.png", dpi=100)
     print("drawn: out/masks.png")
