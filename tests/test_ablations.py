@@ -49,6 +49,13 @@ def test_the_learning_rate_with_the_best_validation_accuracy_is_chosen():
     assert ablations.choose_rates(trials) == {"vjepa": 2e-3}
 
 
+def test_each_run_has_a_learning_rate_of_its_own_trials():
+    trials = [{"run": run, "lr": lr, "motion attentive 1": motion, "appearance attentive 1": shape}
+              for run, lr, motion, shape in (("vjepa", 1e-3, 0.9, 0.1), ("pixels", 1e-3, 0.2, 0.3),
+                                             ("vjepa", 2e-3, 0.6, 0.6), ("pixels", 2e-3, 0.2, 0.2))]
+    assert ablations.choose_rates(trials) == {"vjepa": 2e-3, "pixels": 1e-3}
+
+
 def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("synthetic.Synthetic.splits", {"train": 64, "val": 32, "test": 40})

@@ -9,9 +9,19 @@ from study import TABLES
     ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "disagree"),
     ([0.70, 0.80, 0.90], [0.69, 0.79, 0.88], "within noise"),
     ([0.80], [0.70], "one seed"),
+    ([0.80, 0.81, 0.82], [0.77, 0.78, 0.79], "agree"),  # 2.78 standard errors are 0.0227
+    ([0.80, 0.81, 0.82], [0.78, 0.79, 0.80], "within noise"),
 ])
 def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, word):
     assert findings.verdict(better, worse).split(" ", 1)[1] == word
+
+
+def test_a_verdict_begins_with_the_difference():
+    assert findings.verdict([0.5, 0.6, 0.7], [0.70, 0.85, 0.90]) == "-0.217 within noise"
+
+
+def test_the_spread_of_a_single_value_is_0():
+    assert findings.mean_and_spread([0.4]) == (0.4, 0.0)
 
 
 def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):

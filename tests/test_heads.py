@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,17 @@ def test_one_query_is_attention_over_all_tokens():
                                theirs(query.expand(5, 1, 24), tokens, tokens)[0])
 
 
+def test_attention_weights_are_those_of_multi_head_attention():
+    ours, theirs = heads.CrossAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]).normal_())
+        ours.q.bias.copy_(theirs.in_proj_bias[:24])
+    query, x, scale = torch.randn(1, 1, 24), torch.randn(5, 11, 24), torch.randn(24)
+    expected = theirs(query.expand(5, 1, 24), scale * x, x, average_attn_weights=False)[1]
+    torch.testing.assert_close(ours.weights(query, x, scale), expected[:, :, 0].transpose(1, 2))
+
+
 def test_a_probe_file_of_another_shape_is_an_error(tmp_path):
     file = torch.load(GOLDEN / "reference-probe.pth.tar", weights_only=True)
     del file["classifier"]["module.pooler.query_tokens"]
@@ -55,6 +68,44 @@ def test_nearest_neighbours_vote_and_leave_themselves_out():
     assert heads.knn_predict(points, labels, torch.tensor([[2.0, 0.1]]), k=2).tolist() == [0]
     alone = torch.tensor([0, 1, 1, 1])  # the first point's own label would be right
     assert heads.knn_predict(points, alone, points, k=1)[0] == 1
+
+
+def test_a_neighbours_vote_weighs_exp_of_its_cosine_over_0_07():
+    points, labels = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1, 1])
+    near, far = math.exp(1 / 0.07), math.exp(0.6 / 0.07)
+    for k, votes in [(1, [near, 0.0]), (2, [near, far])]:
+        ours = heads.knn_votes(points, labels, torch.tensor([[5.0, 0.0]]), k)
+        torch.testing.assert_close(ours, torch.tensor([votes]))
+
+
+def test_the_linear_probe_is_where_loss_and_decay_balance():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
+    decay = 0.05
+    predict = heads.fit_linear(features, labels, decay, 3)
+    # Weights, of which only differences between classes show: what an input of 1 adds to a score.
+    weights = predict(torch.eye(4)).log() - predict(torch.zeros(1, 4)).log()
+    weights = weights - weights.mean(1, keepdim=True)
+    slope = features.T @ (predict(features) - nn.functional.one_hot(labels, 3)) / 60
+    torch.testing.assert_close(slope + 2 * decay * weights, torch.zeros(4, 3), atol=1e-3, rtol=0)
+
+
+def test_the_linear_probe_learns_separable_classes_and_keeps_leading_axes():
+    labels = torch.arange(40) % 4
+    features = 3 * torch.eye(4)[labels] + 0.01 * torch.arange(40.0)[:, None]
+    probabilities = heads.fit_linear(features, labels, 1e-4, 4)(features.view(20, 2, 4))
+    assert probabilities.shape == (20, 2, 4) and not probabilities.requires_grad
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(20, 2))
+    assert torch.equal(probabilities.argmax(-1).flatten(), labels)
+
+
+def test_which_clips_are_in_a_balanced_subset_is_up_to_the_generator():
+    labels = torch.arange(3).repeat(40)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return set(heads.balanced_subset(labels, 0.5, generator).tolist())
+    assert len(draw(0)) == 60 and draw(0) == draw(0) and draw(0) != draw(1)
 
 
 def test_balanced_subsets_take_the_same_share_of_each_class():

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from masks import (ImageBlockMask, MultiBlockMask, RandomMask, RunningCellMask, TubeMask, pick,
-                   random_words, uniform)
+from masks import (ImageBlockMask, MultiBlockMask, RandomMask, RunningCellMask, TubeMask, cover,
+                   pick, random_words, uniform)
 
 SHORT = {"num_blocks": 8, "spatial_scale": 0.15, "context_ratio": 0.20, "target_ratio": 0.50}
 LONG = {"num_blocks": 2, "spatial_scale": 0.70, "context_ratio": 0.07, "target_ratio": 0.70}
@@ -68,6 +68,24 @@ def test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn():
         assert np.array_equal(visible, expected)
 
 
+def test_what_is_covered_is_the_union_of_a_clips_blocks():
+    top, left = np.array([[[0], [3]], [[2], [2]]]), np.array([[[1], [4]], [[0], [0]]])
+    h, w = np.array([[[2]], [[1]]]), np.array([[[3]], [[2]]])
+    expected = np.zeros((2, 5, 7), dtype=bool)
+    expected[0, 0:2, 1:4] = expected[0, 3:5, 4:7] = True
+    expected[1, 2, 0:2] = True  # both blocks of the second clip lie in the same place
+    covered = cover(top, left, h, w, 5, 7)
+    assert covered.dtype == bool and np.array_equal(covered, expected)
+
+
+@pytest.mark.parametrize("truncate, fewest, most", [(None, 20, 50), ("batch", 1, 99)])
+def test_a_mask_is_enough_up_to_exactly_the_tokens_to_keep(truncate, fewest, most):
+    sampler = MultiBlockMask((2, 10, 10), context_ratio=0.20, target_ratio=0.50, truncate=truncate)
+    num_visible = np.array([fewest - 1, fewest, most, most + 1])
+    visible = np.arange(100) < num_visible[:, None]
+    assert sampler.is_enough(visible.reshape(4, 10, 10)).tolist() == [False, True, True, False]
+
+
 def test_a_block_is_as_likely_in_every_place():
     sampler = MultiBlockMask((2, 8, 8), num_blocks=1, spatial_scale=0.25, target_ratio=0.2)
     draws = uniform(random_words(0, range(10_000), 3))
@@ -75,6 +93,14 @@ def test_a_block_is_as_likely_in_every_place():
     assert ((~frames).sum(axis=(1, 2)) == 16).all()
     _, counts = np.unique((~frames).reshape(-1, 64).argmax(axis=1), return_counts=True)
     assert len(counts) == 25 and np.abs(counts - 400).max() < 5 * 400 ** 0.5
+
+
+def test_picked_are_the_tokens_with_the_smallest_words_in_order():
+    tokens = np.array([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1]], dtype=bool)
+    words = np.array([[9, 0, 5, 7, 1], [0, 0, 0, 0, 0]], dtype=np.uint32) << np.uint32(20)
+    picked = pick(tokens, 3, words)
+    assert picked.dtype == torch.int64
+    assert picked.tolist() == [[2, 3, 4], [0, 1, 2]]  # of equal words, the first tokens'
 
 
 def test_every_token_and_every_pair_of_tokens_is_picked_equally_often():

@@ -1,10 +1,13 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ema
 import train
-from model import VJEPA, Predictor, VisionTransformer, gather_tokens, sincos_positions
+from model import (VJEPA, Predictor, VisionTransformer, cut_tubelets, gather_tokens,
+                   sincos_positions)
 from tests.conftest import GOLDEN
 
 REFERENCE = GOLDEN / "reference-vjepa.pth.tar"
@@ -86,6 +89,21 @@ def test_positions_tell_every_token_apart_on_any_grid():
         assert len(table.unique(dim=0)) == len(table)
 
 
+def test_gathered_tokens_are_those_at_each_clips_own_indices():
+    tokens = torch.arange(24.0).view(2, 4, 3)
+    gathered = gather_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))
+    assert gathered.tolist() == [[[9, 10, 11], [0, 1, 2]], [[15, 16, 17], [15, 16, 17]]]
+
+
+def test_a_token_is_made_of_its_tubelet_and_tokens_go_by_time_row_column():
+    clips = torch.randn(2, 3, 4, 6, 9)
+    tokens = cut_tubelets(clips, (2, 3, 3))
+    assert tokens.shape == (2, 2 * 2 * 3, 3 * 2 * 3 * 3)
+    for i, (t, row, column) in enumerate(itertools.product(range(2), range(2), range(3))):
+        tubelet = clips[:, :, 2 * t:, 3 * row:, 3 * column:][:, :, :2, :3, :3]
+        assert torch.equal(tokens[:, i], tubelet.flatten(1))
+
+
 def test_patch_projection_is_the_convolution_it_stands_for():
     encoder = VisionTransformer(32, 8, 8, 2, embed_dim=48, depth=1, num_heads=4)
     clips = torch.randn(2, 3, 8, 32, 32)
@@ -105,10 +123,32 @@ def test_context_features_do_not_see_masked_pixels():
 def test_each_mask_set_has_its_own_mask_token():
     predictor = Predictor((4, 4, 4), 48, 24, 2, num_heads=4)
     with torch.no_grad():
-        predictor.mask_tokens[1] += 1
+        predictor.mask_tokens[1].normal_()  # not += 1: the norm takes out what all channels share
     indices = torch.arange(8)[None]
     guesses = [predictor(torch.ones(1, 8, 48), indices, indices + 8, i) for i in (0, 1)]
     assert not torch.allclose(*guesses)
+
+
+def test_targets_are_the_target_encoders_normed_features_without_gradients():
+    model, clips = VJEPA(**SMALL), torch.randn(2, 3, 8, 32, 32)
+    for network in (model.encoder, model.target_encoder):  # each its own, and not normed yet
+        network.norm.weight.data.normal_()
+        network.norm.bias.data.normal_()
+    targets = model.targets(clips)
+    assert not targets.requires_grad
+    close(targets.mean(-1), torch.zeros(2, 64), 1e-5)
+    close(targets.var(-1, unbiased=False), torch.ones(2, 64), 1e-2)
+    features = model.target_encoder(clips) - model.target_encoder(clips).mean(-1, keepdim=True)
+    assert (F.cosine_similarity(targets, features, dim=-1) > 0.999).all()
+
+
+def test_without_stop_gradient_targets_are_the_encoders_own_and_have_gradients():
+    model, clips = VJEPA(**SMALL, stop_gradient=False), torch.randn(2, 3, 8, 32, 32)
+    model.target_encoder.patch_embed.proj.weight.data.normal_()
+    targets = model.targets(clips)
+    assert targets.requires_grad
+    features = model.encoder(clips) - model.encoder(clips).mean(-1, keepdim=True)
+    assert (F.cosine_similarity(targets, features, dim=-1) > 0.999).all()
 
 
 def test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets():

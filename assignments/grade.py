@@ -1,0 +1,304 @@
+"""Points for a student's code, by the project's own tests.
+
+    python assignments/grade.py DIR [DIR ...]               the assignment is in DIR/assignment.json
+    python assignments/grade.py DIR --assignment 1 --out results.json
+
+Prints the points of each part and writes DIR/results.json, in Gradescope's format. Tests are the
+reference's, never the student's, and each runs in a process and a tree of its own: one that crashes
+or never ends costs its own points only.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+# {assignment: {part: {file in tests/: {test: points}}}}; a test with parameters counts as one.
+POINTS = {
+    1: {"a": {"test_masks.py": {
+            "test_what_is_covered_is_the_union_of_a_clips_blocks": 20}},
+        "b": {"test_masks.py": {
+            "test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn": 12,
+            "test_a_block_is_as_likely_in_every_place": 8}},
+        "c": {"test_masks.py": {
+            "test_a_mask_is_enough_up_to_exactly_the_tokens_to_keep": 15}},
+        "d": {"test_masks.py": {
+            "test_picked_are_the_tokens_with_the_smallest_words_in_order": 10,
+            "test_every_token_and_every_pair_of_tokens_is_picked_equally_often": 7,
+            "test_context_and_targets_are_disjoint_sorted_in_range_and_of_exact_size": 8}}},
+    2: {"a": {"test_model.py": {
+            "test_gathered_tokens_are_those_at_each_clips_own_indices": 10}},
+        "b": {"test_model.py": {
+            "test_position_table_is_the_published_one": 14,
+            "test_positions_tell_every_token_apart_on_any_grid": 6}},
+        "c": {"test_model.py": {
+            "test_a_token_is_made_of_its_tubelet_and_tokens_go_by_time_row_column": 8,
+            "test_patch_projection_is_the_convolution_it_stands_for": 7}},
+        "d": {"test_model.py": {
+            "test_features_agree_with_the_release": 8,
+            "test_context_features_do_not_see_masked_pixels": 7,
+            "test_larger_clips_agree_with_the_release": 5}},
+        "e": {"test_model.py": {
+            "test_predictions_agree_with_the_release": 8,
+            "test_each_mask_set_has_its_own_mask_token": 7}}},
+    3: {"a": {"test_model.py": {
+            "test_targets_are_the_target_encoders_normed_features_without_gradients": 14,
+            "test_without_stop_gradient_targets_are_the_encoders_own_and_have_gradients": 6}},
+        "b": {"test_model.py": {
+            "test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets": 12,
+            "test_loss_and_gradients_agree_with_the_release": 8}},
+        "c": {"test_ema.py": {
+            "test_cosine_runs_from_start_to_end_and_is_steepest_in_the_middle": 5,
+            "test_linear_agrees_with_the_release": 3,
+            "test_constant_stays_and_another_schedule_is_an_error": 2}},
+        "d": {"test_ema.py": {
+            "test_update_averages_parameters_and_floating_buffers_and_copies_counters": 8,
+            "test_after_a_half_life_half_of_a_weight_is_left": 3},
+              "test_model.py": {
+            "test_four_training_steps_agree_with_the_release": 4}},
+        "e": {"test_metrics.py": {
+            "test_rank_is_that_of_the_features": 11,
+            "test_rank_of_what_is_not_finite_is_no_number": 4}}},
+    4: {"a": {"test_heads.py": {
+            "test_attention_weights_are_those_of_multi_head_attention": 15}},
+        "b": {"test_heads.py": {
+            "test_one_query_is_attention_over_all_tokens": 10,
+            "test_logits_agree_with_the_release": 5}},
+        "c": {"test_heads.py": {
+            "test_a_neighbours_vote_weighs_exp_of_its_cosine_over_0_07": 10,
+            "test_nearest_neighbours_vote_and_leave_themselves_out": 10}},
+        "d": {"test_heads.py": {
+            "test_balanced_subsets_take_the_same_share_of_each_class": 10,
+            "test_which_clips_are_in_a_balanced_subset_is_up_to_the_generator": 5}},
+        "e": {"test_heads.py": {
+            "test_the_linear_probe_is_where_loss_and_decay_balance": 10,
+            "test_the_linear_probe_learns_separable_classes_and_keeps_leading_axes": 5}}},
+    5: {"a": {"test_findings.py": {
+            "test_means_and_deviations_are_over_the_seeds_of_a_run": 6,
+            "test_the_spread_of_a_single_value_is_0": 4}},
+        "b": {"test_findings.py": {
+            "test_a_claim_is_judged_by_its_difference_against_the_spread": 15,
+            "test_a_verdict_begins_with_the_difference": 5}},
+        "c": {"test_ablations.py": {
+            "test_the_learning_rate_with_the_best_validation_accuracy_is_chosen": 6,
+            "test_each_run_has_a_learning_rate_of_its_own_trials": 9}},
+        "d": {"test_written_report.py": {
+            "test_the_report_has_every_entry_and_words_enough": 5,
+            "test_both_runs_were_trained_with_three_seeds_or_more": 10,
+            "test_the_difference_is_that_of_the_results": 10,
+            "test_the_verdict_is_that_of_the_results": 10}}},
+}
+
+# With forkserver a test's process has these from the start, instead of importing them each time.
+# torch._dynamo is what the first optimizer imports.
+PRELOAD = ["torch", "torch._dynamo", "torch.testing", "pytest", "numpy", "av", "tqdm"]
+LONGEST_OUTPUT = 4000  # characters of a test's output that are kept
+
+
+class Job(NamedTuple):
+    """A student's folder and what to grade in it: all parts, if none are named."""
+
+    folder: Path
+    assignment: int
+    parts: tuple = ()
+
+
+def build_tree(job, tree):
+    """The student's code beside the reference's tests, in a new folder."""
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for test in (HERE / "tests").glob("*.py"):
+        shutil.copyfile(test, tree / "tests" / test.name)
+    shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
+    # Only files that the project has: a student's conftest.py or torch.py could fake any result.
+    wanted = [file.name for file in ROOT.glob("*.py")]
+    if job.assignment == 5:
+        shutil.copyfile(ROOT / "findings.py", tree / "reference_findings.py")
+        wanted += report_files(job.folder)
+    for name in wanted:
+        copy_inside(job.folder, name, tree)
+
+
+def report_files(folder):
+    """report.json and the results that it names."""
+    try:
+        results = json.loads((folder / "report.json").read_text())["results"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["report.json"]
+    is_csv = isinstance(results, str) and results.endswith(".csv")
+    return ["report.json", results] if is_csv else ["report.json"]
+
+
+def copy_inside(folder, name, tree):
+    """Copy a file if it is really in the folder: a link or a path could lead to the reference."""
+    folder = folder.resolve()
+    file = folder / name
+    with suppress(OSError):  # a name may be too long for a file
+        if file.is_file() and file.resolve() == file and file.is_relative_to(folder):
+            copy = tree / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+class Outcomes:
+    """A pytest plugin that counts. A skipped test is none that passed."""
+
+    def __init__(self):
+        self.passed, self.others = 0, 0
+
+    def pytest_runtest_logreport(self, report):
+        """Called for setup, call and teardown of each test."""
+        if report.outcome != "passed":
+            self.others += 1
+        elif report.when == "call":
+            self.passed += 1
+
+
+def run_test(tree, node, log, answer):
+    """In a process of its own: run one test in a tree, its output to `log`; send if it passed."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    gc.freeze()  # pytest collects garbage; what was there before is much, and shared
+    os.chdir(tree)
+    # The reference must not be imported in place of the student's code.
+    sys.path[:] = [str(tree), *(path for path in sys.path
+                                if Path(path).resolve() not in (ROOT, HERE, ROOT / "tests"))]
+    ours = {"tests", *(file.stem for file in ROOT.glob("*.py"))}
+    for name in list(sys.modules):
+        if name.split(".")[0] in ours:
+            del sys.modules[name]
+
+    import pytest
+    import torch
+    torch.manual_seed(0)  # tests that draw without a seed draw the same for everyone
+    outcomes = Outcomes()
+    code = pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-c", "pyproject.toml",
+                        "--basetemp", str(tree.parent / "pytest"), node], plugins=[outcomes])
+    sys.stdout.flush()
+    answer.send(code == 0 and outcomes.passed > 0 and outcomes.others == 0)
+
+
+def grade_test(context, job, file, test, limit):
+    """-> whether it passed, and its output."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        # A new tree for each test: student code could change the tests for the next.
+        tree, log = Path(temporary).resolve() / "tree", Path(temporary, "output.txt")
+        build_tree(job, tree)
+        answer, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=run_test, args=(tree, f"tests/{file}::{test}", log,
+                                                         theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        passed, end = False, f"stopped after {limit:g} s"
+        try:
+            if answer.poll(limit):
+                passed, end = answer.recv() is True, ""
+        except EOFError:
+            process.join()
+            end = f"the process ended by itself, with exit code {process.exitcode}"
+        process.kill()
+        process.join()
+        output = log.read_text(errors="replace") if log.exists() else ""
+        return passed, (output[-LONGEST_OUTPUT:] + end).strip()
+
+
+def grade(jobs, limit=60, workers=None):
+    """Grade several folders, tests side by side -> a result in Gradescope's format for each job."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(PRELOAD)
+        first = context.Process(target=int)  # its start waits until all is imported
+        first.start()
+        first.join()
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        waiting = [[(part, test, points, pool.submit(grade_test, context, job, file, test, limit))
+                    for part, files in POINTS[job.assignment].items()
+                    if part in (job.parts or POINTS[job.assignment])
+                    for file, tests in files.items() for test, points in tests.items()]
+                   for job in jobs]
+        return [result_of(tests) for tests in waiting]
+
+
+def result_of(tests):
+    """[(part, test, points, future of (passed, output))] -> dict as Gradescope reads it."""
+    entries = []
+    for part, test, points, future in tests:
+        passed, output = future.result()
+        entries.append({"name": f"{part}: {test}", "score": points if passed else 0,
+                        "max_score": points, "status": "passed" if passed else "failed",
+                        "output": output})
+    return {"score": sum(entry["score"] for entry in entries), "tests": entries}
+
+
+def points_by_part(result):
+    """{part: [points, points at most]}."""
+    parts = {}
+    for entry in result["tests"]:
+        points = parts.setdefault(entry["name"].split(":")[0], [0, 0])
+        points[0] += entry["score"]
+        points[1] += entry["max_score"]
+    return parts
+
+
+def show(job, result):
+    """Print the points of each part, and which tests failed."""
+    most = sum(entry["max_score"] for entry in result["tests"])
+    print(f"{job.folder}: assignment {job.assignment}, {result['score']} of {most} points")
+    for part, (points, at_most) in points_by_part(result).items():
+        print(f"  part {part}  {points:2} of {at_most}")
+        for entry in result["tests"]:
+            if entry["name"].startswith(part) and entry["status"] == "failed":
+                print(f"          failed: {entry['name'][3:]}")
+
+
+def assignment_of(folder):
+    """The number that start.py left in a starter."""
+    try:
+        number = json.loads((folder / "assignment.json").read_text())["assignment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        number = None
+    if number not in list(POINTS):
+        raise ValueError(f"{folder}/assignment.json names no assignment: pass --assignment")
+    return number
+
+
+def main(arguments=None):
+    """Grade folders, print their points, write results.json."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a student's code")
+    parser.add_argument("--assignment", type=int, choices=POINTS)
+    parser.add_argument("--out", type=Path, help="instead of DIR/results.json; for a single DIR")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a test may take (60)")
+    args = parser.parse_args(arguments)
+    if args.out and len(args.folders) > 1:
+        raise ValueError("--out is one file, for one DIR")
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder")
+    jobs = [Job(folder, args.assignment or assignment_of(folder)) for folder in args.folders]
+    for job, result in zip(jobs, grade(jobs, args.limit), strict=True):
+        show(job, result)
+        out = args.out or job.folder / "results.json"
+        if out.is_symlink():  # a student's link could lead anywhere
+            out.unlink()
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
