@@ -23,7 +23,7 @@ from data import Batch, DataError, loader, open_data
 from model import VJEPA, VisionTransformer, sincos_positions
 from weights import encoder_sizes, load_checkpoint
 
-# Segments spread over a video, and views: crops spread over its longer side (section 4.2).
+# Segments spread over a video, and views: crops spread over its longer side (paper, appendix).
 PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
 CACHE = Path("cache")
 CODE = ("data.py", "features.py", "model.py", "sources.py", "synthetic.py", "video.py",

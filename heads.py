@@ -1,4 +1,4 @@
-"""The three heads that probe frozen features, and how each is trained (paper, section 4.2).
+"""The three heads that probe frozen features, and how each is trained (paper, section 4.3).
 
 attentive: a learned query attends over all tokens, then a linear layer; linear: logistic regression
 on the mean token; knn: a vote of the nearest training clips by the mean token.
@@ -76,7 +76,7 @@ class AttentivePooler(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """A learned query attends over all frozen tokens, then a linear layer (paper, section 4.2).
+    """A learned query attends over all frozen tokens, then a linear layer (paper, section 4.3).
 
     forward: features (B, N, D) -> logits (B, num_classes). init_std as in model.init_weights.
     """

@@ -8,7 +8,7 @@
     python probe.py --extract features.npz   features, paths and labels for use elsewhere
 
 The target encoder is frozen and encodes every clip once (features.py); then small heads are trained
-on these features (heads.py; paper, section 4.2) with all and with a part of the labels, for 3 probe
+on these features (heads.py; paper, section 4.3) with all and with a part of the labels, for 3 probe
 seeds.
 Controls: the same encoder with its random initial weights; the trained encoder shown one frozen
 frame as a clip, from which no motion can be read; and the pixels' differences from frame to frame.
