@@ -223,9 +223,10 @@ def draw_training(rows, out):
               ("RankMe", looks, ["rankme"])]
     if accuracies:
         panels.append(("nearest-neighbour\naccuracy", looks, accuracies))
-    figure = Figure((8, 2.1 * len(panels)), layout="constrained")
-    for axis, (title, points, columns) in zip(figure.subplots(len(panels), 1, sharex=True), panels,
-                                              strict=True):
+    panels = panels if looks else panels[:1]  # a short run may never have looked at its meters
+    figure = Figure((8, 0.6 + 2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, points, columns) in zip(axes, panels, strict=True):
         for column, style in zip(columns, ("-", "--", ":"), strict=False):
             axis.plot([int(row["step"]) for row in points], [float(row[column]) for row in points],
                       style, marker="." if points is looks else None, color="#0072B2",
