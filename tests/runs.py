@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,27 +79,37 @@ def command(*flags, processes=1, script=ROOT / "train.py", restarts=0):
 
 
 def run(folder, *flags, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*flags, **options), cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=240)
+    """Run to the end; options as command has them; -> what subprocess.run gives."""
+    if options:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command(*flags, **options), cwd=folder, env=environment,
+                              capture_output=True, text=True, timeout=240)
+    with tempfile.TemporaryDirectory() as place:
+        files = Path(place, "stdout"), Path(place, "stderr")
+        child = start(folder, *flags, output=files)
+        child.join(240)
+        child.kill()
+        return subprocess.CompletedProcess(flags, child.exitcode,
+                                           *(file.read_text() for file in files))
 
 
-def in_child(folder, flags, environment, first):
+def in_child(folder, flags, environment, first, output):
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with open("output.txt", "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for descriptor, name in zip((1, 2), output, strict=True):
+        with open(name, "a") as file:
+            os.dup2(file.fileno(), descriptor)
     if first:
         first()
     sys.argv = ["train.py", *FAST, *flags]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
-def start(folder, *flags, environment=(), first=None):
+def start(folder, *flags, environment=(), first=None, output=("output.txt", "output.txt")):
     """Start a run in another process, which calls `first` before; -> its Process."""
-    process = SERVER.Process(target=in_child, args=(folder, flags, dict(environment), first))
+    process = SERVER.Process(target=in_child,
+                             args=(folder, flags, dict(environment), first, output))
     process.start()
     return process
 
