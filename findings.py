@@ -8,6 +8,7 @@ clear at 95 % by Welch's t-test with as many degrees of freedom as both sides' s
 """
 
 import csv
+import json
 import math
 import statistics
 from pathlib import Path
@@ -63,8 +64,8 @@ def markdown_table(header, rows):
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def table_lines(number, table, runs):
-    """A table of the document: rows, what the paper found, what is found here."""
+def table_lines(number, table, runs, remark):
+    """A table of the document: rows, what the paper found, what is found here, a remark."""
     names = [name for name in table.runs if name in runs]
     columns = dict(SCORES)
     if table.few_labels:
@@ -85,10 +86,13 @@ def table_lines(number, table, runs):
     yield f"**Paper.** {table.paper}"
     yield ""
     claims = [claim for claim in table.claims if claim[1] in runs and claim[2] in runs]
-    yield from markdown_table(["here", *SCORES.values()], [
+    yield from markdown_table(["claim", *SCORES.values()], [
         [text, *(verdict(runs[better][column], runs[worse][column]) for column in SCORES)]
         for text, better, worse in claims])
     yield ""
+    if remark:
+        yield f"**Here.** {remark}"
+        yield ""
     yield f"![{table.title}](ablations/{number}.png)"
     yield ""
 
@@ -120,11 +124,13 @@ def kept_per_step(grid=(4, 5, 5), batch=16, batches=200):
     return kept
 
 
-def figure_of(panels, width=5.6, height=4.2):
+def figure_of(panels, width=5.6, height=3.9):
+    """A figure of panels, two in a row -> figure, axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure((width * panels, height), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    rows = -(-panels // 2)
+    figure = Figure((width * 2, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, 2).flat
 
 
 def draw_bars(table, names, runs, path):
@@ -142,9 +148,8 @@ def draw_bars(table, names, runs, path):
                  yticks=range(len(names)), yticklabels=[table.runs[name] for name in names],
                  ylim=(len(names) - 0.5, -0.5))
         axis.grid(axis="x", alpha=0.3)
-    for axis in axes[1:]:
-        axis.set_yticklabels([])
-    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].set_yticklabels([])
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{table.title} (mean and standard deviation over seeds)")
     figure.savefig(path, dpi=100)
 
@@ -175,9 +180,12 @@ def draw_lines(table, lines, runs, columns, xlabel, path, log=False):
         axis.axhline(0.125, color="#999999", linestyle=":", label="chance")
         axis.set(title=title, xlabel=xlabel, ylabel="accuracy on test clips", ylim=(0, 1))
         if log:
+            ticks = sorted({x for points in lines.values() for x, _, _ in points})
             axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{table.title} (mean and standard deviation over seeds)")
     figure.savefig(path, dpi=100)
 
@@ -220,6 +228,9 @@ def write(out, tables=TABLES):
     folder = Path(out) / "ablations"
     runs = read(folder / "results.csv")
     seeds = max(len(run["seed"]) for run in runs.values())
+    # What somebody wrote who looked at these results: {number of a table: text}.
+    notes = folder / "remarks.json"
+    remarks = json.loads(notes.read_text()) if notes.exists() else {}
     command = (folder / "command.txt").read_text().strip()
     lines = [
         "# The paper's comparisons, at laptop scale", "",
@@ -245,7 +256,7 @@ def write(out, tables=TABLES):
     for number, table in tables.items():
         if not any(name in runs for name in table.runs):
             continue
-        lines += table_lines(number, table, runs)
+        lines += table_lines(number, table, runs, remarks.get(str(number)))
         if number == 2:
             lines += ["Context tokens kept at each of the 4 time steps, mean over 3,200 clips in "
                       "batches of 16:", "", *markdown_table(
