@@ -234,7 +234,7 @@ def draw_training(rows, out):
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if len(columns) > 1:
-            axis.legend(loc="lower right")
+            axis.legend(loc="center right")
     axis.set_xlabel("optimizer step")
     figure.suptitle("The loss is no meter: it falls and rises while the features get better")
     figure.savefig(out / "training.png", dpi=100)
