@@ -34,16 +34,15 @@ import baselines
 import findings
 import train
 from data import BadFiles, DataError, open_data
-from features import FrameByFrame, encode, open_parts
+from features import encode, on_clips, open_parts
 from heads import accuracy, probe_all
 from masks import sample_masks
 from model import load_encoder
 from probe import PROBE_SEED
-from study import BASE, RUNS, TABLES, TRIED
+from study import BASE, FRACTIONS, RUNS, TABLES, TRIED
 from weights import CheckpointError
 
 TRIAL_SEED = 1000  # of the runs that the learning rate is chosen by; tables use 0, 1, 2, ...
-FRACTIONS = (1.0, 0.1, 0.05, 0.01)
 
 
 class Job(NamedTuple):
@@ -51,7 +50,7 @@ class Job(NamedTuple):
 
     run: str  # a key of RUNS
     seed: int
-    lr: float | None  # None: not chosen yet
+    lr: float
     split: str  # where it is tested: val for trials, test for tables
 
     @property
@@ -77,8 +76,7 @@ def seconds_a_step(config, steps=5):
     """
     model, samplers = baselines.build(config)
     optimizer = train.build_optimizer(model, config)
-    frames = model.encoder.grid[0] * model.encoder.tubelet[0]
-    dataset = open_data(config.data, frames, config.frame_step, config.img_size)
+    dataset = open_data(config.data, model.encoder.num_frames, config.frame_step, config.img_size)
     times = []
     for step in range(steps):
         begin = time.process_time()
@@ -112,9 +110,7 @@ def measure_speeds(names, args):
 def probe(encoder, config, split, fractions, seed, folder):
     """Accuracies on a split: {"KIND PROBE FRACTION": accuracy}. folder: for the features, which
     are not kept."""
-    frames = encoder.grid[0] * encoder.tubelet[0]
-    if frames == 1 < config.num_frames:
-        encoder = FrameByFrame(encoder, config.num_frames)
+    encoder = on_clips(encoder, config.num_frames)
     clip = {"num_frames": config.num_frames, "frame_step": config.frame_step,
             "img_size": config.img_size, "seed": PROBE_SEED}
     train_set, test_set, [fold] = open_parts(config.data, split, clip)

@@ -71,6 +71,11 @@ class FrameByFrame(nn.Module):
         return (tokens + self.times[:, None]).flatten(1, 2)  # (B, T * N, D)
 
 
+def on_clips(encoder, num_frames):
+    """An encoder for clips of num_frames: itself, or frame by frame if it takes single frames."""
+    return FrameByFrame(encoder, num_frames) if encoder.num_frames == 1 < num_frames else encoder
+
+
 class MotionEnergy(nn.Module):
     """What pixels alone tell: mean |difference of successive frames| in 4 x 8 x 8 cells.
 

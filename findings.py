@@ -3,8 +3,9 @@
     python findings.py          write them anew; nothing is trained
 
 A claim is judged by each accuracy's mean over seeds: `agree` or `disagree` if the difference is
-clear at 95 % by Welch's t-test with as many degrees of freedom as both sides' seeds less two, else
-`within noise`. With so many claims, one in twenty is clear by chance.
+clear at 95 %, else `within noise`. Clear: more than the t-value, at as many degrees of freedom as
+both sides' seeds less two, times the standard error, in which each side has its own variance. With
+so many claims, one in twenty is clear by chance.
 """
 
 import csv
@@ -16,12 +17,11 @@ from pathlib import Path
 import torch
 
 from masks import MultiBlockMask
-from study import BASE, TABLES, TRIED
+from study import BASE, FRACTIONS, TABLES, TRIED
 
 # Accuracies in the tables: (column of results.csv, what it is called).
 SCORES = {"motion attentive 1": "motion", "motion attentive 0.1": "motion, 10 %",
           "appearance attentive 1": "appearance", "appearance attentive 0.1": "appearance, 10 %"}
-SHARES = (1.0, 0.1, 0.05, 0.01)
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T95 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 COLOURS = ["#0072B2", "#D55E00", "#555555", "#009E73", "#CC79A7", "#E69F00"]  # colour-blind-safe
@@ -70,7 +70,7 @@ def table_lines(number, table, runs, remark):
     columns = dict(SCORES)
     if table.few_labels:
         columns = {f"{kind} attentive {share:g}": f"{kind}, {share:.0%}"
-                   for kind in ("motion", "appearance") for share in SHARES}
+                   for kind in ("motion", "appearance") for share in FRACTIONS}
     rows = []
     for name in names:
         run = runs[name]
@@ -195,7 +195,7 @@ def draw(number, table, runs, path):
     names = [name for name in table.runs if name in runs]
     panels = {title: lambda share, column=column: column for column, title in SCORES.items()}
     if table.few_labels:
-        lines = {table.runs[name]: [(100 * share, name, share) for share in SHARES]
+        lines = {table.runs[name]: [(100 * share, name, share) for share in FRACTIONS]
                  for name in names}
         panels = {kind: lambda share, kind=kind: f"{kind} attentive {share:g}"
                   for kind in ("motion", "appearance")}

@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"{name} {size} is not divisible by {by} {part}")
         self.tubelet = (tubelet_size, patch_size, patch_size)
         self.grid = (num_frames // tubelet_size, img_size // patch_size, img_size // patch_size)
-        self.num_heads = num_heads
+        self.num_heads, self.num_frames = num_heads, num_frames
         self.patch_embed = PatchEmbed(self.tubelet, in_chans, embed_dim)
         self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid)[None])  # (1, N, D)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))

@@ -19,18 +19,16 @@ The loss is no measure of what was learned: it also falls when features get poor
 import argparse
 import csv
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import report
 from data import BadFiles, DataError, open_data, worker_count
-from features import (CACHE, PROTOCOLS, FrameByFrame, MotionEnergy, OneFrame, encode,
-                      encode_batches, extract, open_parts, untrained_encoder)
+from features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, encode_batches, extract,
+                      on_clips, open_parts, untrained_encoder)
 from hardware import pick_device
 from heads import AttentiveProbe, accuracy, probe_all
 from model import load_encoder
@@ -143,10 +141,10 @@ def main(args):
     config = load_checkpoint(path).get("config", {})
     overrides = {} if args.num_heads is None else {"num_heads": args.num_heads}
     encoder = load_encoder(path, **overrides).to(device)
-    (T, H, _), (t, p, _) = encoder.grid, encoder.tubelet
-    frames = config.get("num_frames", T * t)
+    frames = config.get("num_frames", encoder.num_frames)
     source = args.data or config.get("data", ["synthetic"])
-    clip = {"num_frames": frames, "img_size": H * p, "seed": PROBE_SEED,
+    img_size = encoder.grid[1] * encoder.tubelet[1]
+    clip = {"num_frames": frames, "img_size": img_size, "seed": PROBE_SEED,
             "frame_step": args.frame_step or config.get("frame_step", 4)}
     if fps := args.fps or not args.frame_step and config.get("fps"):
         clip["fps"] = fps
@@ -154,8 +152,7 @@ def main(args):
     segments, views = args.segments or segments, args.views or views
     protocol = {name: n for name, n in (("segments", segments), ("views", views)) if n > 1}
     # Pretrained on single frames, probed on all frames of a clip.
-    on_clips = partial(FrameByFrame, num_frames=frames) if T * t == 1 < frames else nn.Identity()
-    encoder = on_clips(encoder).to(device)
+    encoder = on_clips(encoder, frames).to(device)
     bad_files = BadFiles(args.max_bad)
     args.checkpoint, args.data = str(path), source  # for probe.json
 
@@ -166,7 +163,7 @@ def main(args):
     elif args.eval_only:
         evaluate(encoder, source, clip, protocol, bad_files, folder, args)
     else:
-        untrained = on_clips(untrained_encoder(path, overrides)).to(device)
+        untrained = on_clips(untrained_encoder(path, overrides), frames).to(device)
         encoders = {"trained": encoder, "random_init": untrained, "one_frame": OneFrame(encoder),
                     "motion_energy": MotionEnergy()}
         train, test, folds = open_parts(source, args.split, clip, args.test_data, **protocol)

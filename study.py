@@ -1,8 +1,7 @@
 """What ablations.py runs: the paper's comparisons, as flags of train.py, and what the paper found.
 
 A claim is a pair of runs of which the first should be better. It is judged by the accuracy's mean
-over seeds: `agree` or `disagree` where the difference is more than twice its standard error, else
-`within noise`.
+over seeds, as findings.py says.
 """
 
 from typing import NamedTuple
@@ -62,6 +61,7 @@ RUNS = {
        for name, flags, tuned in (("vjepa", "", "vjepa"), ("pixels", PIXELS, "pixels"))},
 }
 
+FRACTIONS = (1.0, 0.1, 0.05, 0.01)  # shares of the labels; all four only with few_labels
 TRIED = (5e-4, 1e-3, 2e-3, 4e-3)  # learning rates, for every run that another's `tuned` names
 
 

@@ -216,8 +216,7 @@ def main(config, name, restart=False, signals=()):
     momentum_at(0)
     model, samplers = baselines.build(config)
     # What the encoder takes: single frames with some methods.
-    num_frames = model.encoder.grid[0] * model.encoder.tubelet[0]
-    clip = {"num_frames": num_frames, "frame_step": config.frame_step,
+    clip = {"num_frames": model.encoder.num_frames, "frame_step": config.frame_step,
             "img_size": config.img_size, "seed": config.seed, "split": "train"}
     if config.fps:
         clip["fps"] = config.fps

@@ -14,7 +14,6 @@ features of one part of the clips, and shown on another.
 """
 
 import argparse
-import csv
 import sys
 import textwrap
 from pathlib import Path
@@ -29,10 +28,11 @@ from tqdm import tqdm
 
 from baselines import join_tubelets
 from data import BadFiles, DataError, open_data, worker_count
-from features import CACHE, FrameByFrame, encode, open_parts
+from features import CACHE, encode, on_clips, open_parts
 from hardware import pick_device
 from heads import fit_attentive, split_for_validation, standardise
 from masks import MultiBlockMask
+from metrics import read_metrics
 from model import VJEPA, cut_tubelets, load_encoder
 from probe import PROBE_SEED, newest_run
 from video import IMAGENET_MEAN, IMAGENET_STD
@@ -248,10 +248,10 @@ def main(args):
     device, checkpoint = pick_device(args.device), load_checkpoint(path)
     config = checkpoint.get("config", {})
     encoder = load_encoder(path).to(device)
-    shape, (T, H, _), (t, p, _) = (encoder.grid, encoder.tubelet), encoder.grid, encoder.tubelet
-    frames = config.get("num_frames", T * t)
-    if T * t == 1 < frames:
-        encoder, shape = FrameByFrame(encoder, frames).to(device), ((frames, H, H), (1, p, p))
+    (_, H, W), (t, p, _), taken = encoder.grid, encoder.tubelet, encoder.num_frames
+    frames = config.get("num_frames", taken)
+    encoder = on_clips(encoder, frames).to(device)
+    shape = (frames // t, H, W), (t, p, p)  # of a clip's tokens, and of a token
     source = args.data or config.get("data", ["synthetic"])
     clip = {"num_frames": frames, "img_size": H * p, "seed": PROBE_SEED,
             "frame_step": config.get("frame_step", 4)}
@@ -305,7 +305,7 @@ def main(args):
         model = VJEPA.from_checkpoint(path).to(device).eval()
         count = min(500, len(fitted_on.numbers))
         some = train.__getitems__(fitted_on.numbers[:count])[0]
-        if T * t == 1:
+        if taken == 1:
             some, clips = some[:, :, :1], clips[:, :, :1]
         with torch.no_grad():
             targets = torch.cat([model.targets(part.to(device)).half().cpu()
@@ -322,8 +322,7 @@ def main(args):
 
     metrics = (path if path.is_dir() else path.parent) / "metrics.csv"
     if metrics.exists():
-        with open(metrics, newline="") as file:
-            draw_training(list(csv.DictReader(file)), out)
+        draw_training(read_metrics(metrics), out)
         print(f"{out}/training.png")
     else:
         print("no training.png: there is no metrics.csv beside the checkpoint")

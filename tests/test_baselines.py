@@ -18,7 +18,7 @@ def built(*flags):
     torch.manual_seed(0)
     config, _, _ = train.parse_args([*FLAGS, *flags])
     model, samplers = baselines.build(config)
-    T = model.encoder.grid[0] * model.encoder.tubelet[0]
+    T = model.encoder.num_frames
     return model, sample_masks(samplers, range(3), 0), torch.randn(3, 3, T, 24, 24)
 
 
