@@ -282,7 +282,10 @@ def build(config):
         sizes |= {"num_frames": 1, "tubelet_size": 1}
     if len(config.context_ratio) != len(config.target_ratio):
         raise ValueError("--context-ratio and --target-ratio need equally many numbers")
-    ratio = 0 if masking == "multi-block" else config.mask_ratio or method.mask_ratio
+    takes_ratio = masking in ("random", "tube", "running-cell")
+    if config.mask_ratio and not takes_ratio:
+        raise ValueError(f"--mask-ratio is for random, tube and running-cell masks, not {masking}")
+    ratio = takes_ratio and (config.mask_ratio or method.mask_ratio)
     ratios = ([(1 - ratio, ratio)] if ratio else
               list(zip(config.context_ratio, config.target_ratio, strict=True)))
     if masking in ("running-cell", "image-block", "crops"):

@@ -236,7 +236,7 @@ def draw_training(rows, out):
         if len(columns) > 1:
             axis.legend(loc="center right")
     axis.set_xlabel("optimizer step")
-    figure.suptitle("The loss is no meter: it falls and rises while the features get better")
+    figure.suptitle("Training loss, and the meters of what the features are worth")
     figure.savefig(out / "training.png", dpi=100)
 
 

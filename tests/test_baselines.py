@@ -164,6 +164,7 @@ def test_without_stop_gradient_the_encoder_is_its_own_target():
     (["--method", "mae", "--no-stop-gradient"], "for vjepa and ijepa"),
     (["--method", "videomae2", "--num-frames", "4"], "fours"),
     (["--context-ratio", "0.2"], "equally many"),
+    (["--mask-ratio", "0.9"], "not multi-block"),
 ])
 def test_what_does_not_go_together_is_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
