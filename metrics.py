@@ -144,7 +144,9 @@ def draw_curves(folder):
         "learning rate": ["lr"],
         "momentum": ["momentum"],
         "gradient norm": ["grad_norm_encoder", "grad_norm_predictor"]}
-    figure = Figure(figsize=(15, 6), layout="constrained")
+    figure = Figure(figsize=(15, 6))
+    # By hand, as working the margins out takes as long as all the rest.
+    figure.subplots_adjust(0.035, 0.08, 0.99, 0.95, wspace=0.2, hspace=0.35)
     for axis, (title, columns) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
         for column, style in zip(columns, ("-", "--", ":"), strict=False):
             points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]

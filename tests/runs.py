@@ -26,7 +26,8 @@ FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --
 
 # Its children have imported torch before they start. They do not inherit what torch has begun here.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "matplotlib.figure"])
+SERVER.set_forkserver_preload(["train", "matplotlib.figure",
+                               "torch._dynamo"])  # which the first optimizer imports
 
 # Runs train.py, and has one process send itself a signal.
 SIGNALLED = """

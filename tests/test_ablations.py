@@ -10,7 +10,7 @@ import train
 from baselines import METHODS
 from study import RUNS, TABLES
 
-SMALL = ("--img-size 24 --patch-size 4 --embed-dim 24 --depth 1 --predictor-dim 24 "
+SMALL = ("--img-size 24 --patch-size 8 --num-frames 4 --embed-dim 24 --depth 1 --predictor-dim 24 "
          "--predictor-depth 1 --steps 2 --batch-size 4").split()
 
 
@@ -62,6 +62,8 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(tmp_pat
     # Other processes would have the large data set.
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(ablations, "TRIED", (1e-3,))
+    three = {name: TABLES[1].runs[name] for name in ("vjepa", "pixels", "random")}
+    monkeypatch.setitem(TABLES, 1, TABLES[1]._replace(runs=three, claims=TABLES[1].claims[:1]))
     args = ablations.parse_args(["1", "--seeds", "1", "--out", "docs", *SMALL])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small are slower on several
@@ -72,8 +74,8 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(tmp_pat
     with open(tmp_path / "docs/ablations/results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["seed"]) for row in rows] == [
-        (name, "0") for name in ("pixels", "pixels-time", "random", "vjepa")]
-    assert [rows[i]["clips"] for i in (0, 2, 3)] == ["8", "0", "8"]
+        (name, "0") for name in ("pixels", "random", "vjepa")]
+    assert [row["clips"] for row in rows] == ["8", "0", "8"]
     assert all(0 <= float(row["appearance attentive 0.1"]) <= 1 for row in rows)
     splits = {json.loads(path.read_text())["split"]: path.parent.name
               for split in ("val", "test") for path in args.folder.glob(f"*/{split}.json")}
