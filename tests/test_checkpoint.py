@@ -18,7 +18,7 @@ from metrics import SkippedSteps
 from weights import CheckpointError
 from tests.runs import FAST, ROOT, command, metrics, newest, run, same, start
 
-LONG = ["--name", "run", "--steps", "60", "--save-every", "1", "--meter-every", "30"]
+LONG = ["--name", "run", "--steps", "90", "--save-every", "1", "--meter-every", "45"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_kills_at_random_moments_do_not_change_a_bit(tmp_path):
     assert kills >= 10 and caught_writing >= 3
     files = [path / "runs/run/metrics.csv" for path in (tmp_path / "whole", folder)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert len(metrics(folder, "run")) == 60
+    assert len(metrics(folder, "run")) == 90
     assert same(newest(folder, "run"), newest(tmp_path / "whole", "run"))
     assert not list(folder.glob("runs/run/*.tmp"))
 
