@@ -33,7 +33,7 @@ from hardware import pick_device
 from heads import fit_attentive, split_for_validation, standardise
 from masks import MultiBlockMask
 from metrics import read_metrics
-from model import VJEPA, cut_tubelets, load_encoder
+from model import VJEPA, cut_tubelets, gather_tokens, load_encoder
 from probe import PROBE_SEED, newest_run
 from video import IMAGENET_MEAN, IMAGENET_STD
 from weights import CheckpointError, load_checkpoint
@@ -150,49 +150,66 @@ def train_decoder(targets, pixels, steps, device):
 
 
 @torch.no_grad()
-def draw_predictions(model, decoder, clips, captions, out, error):
-    """Clip, what is visible of it, and the masked tokens decoded from predictions and targets."""
-    grid, tubelet = model.encoder.grid, model.encoder.tubelet
-    N = int(np.prod(grid))
-    sampler = MultiBlockMask(grid, num_blocks=2, spatial_scale=0.35, context_ratio=0.25,
-                             target_ratio=0.3)
+def predict_hidden(model, clips):
+    """Have the predictor expect all that the context encoder does not see of clips.
+
+    A quarter is visible. -> indices of the hidden tokens (n, K), and their features by the
+    predictor and by the target encoder, each (n, K, D).
+    """
+    sampler = MultiBlockMask(model.encoder.grid, num_blocks=2, spatial_scale=0.35,
+                             context_ratio=0.25, target_ratio=0.3)
     context, _ = sampler.sample(range(len(clips)), seed=0)
-    visible = torch.zeros(len(clips), N, dtype=torch.bool).scatter_(1, context, True)
-    # The predictor is asked for every token that the context encoder does not see.
-    hidden = torch.stack([(~row).nonzero()[:, 0] for row in visible])  # (n, N - Kc)
+    visible = torch.zeros(len(clips), int(np.prod(sampler.grid)), dtype=torch.bool)
+    visible.scatter_(1, context, True)
+    hidden = torch.stack([(~row).nonzero()[:, 0] for row in visible])
     device = model.encoder.norm.weight.device
-    context, hidden = context.to(device), hidden.to(device)
-    predicted = model.predict(clips.to(device), context, hidden, 0)
-    targets = model.targets(clips.to(device))
+    clips = clips.to(device)
+    predicted = model.predict(clips, context.to(device), hidden.to(device), 0)
+    return hidden, predicted, gather_tokens(model.targets(clips), hidden.to(device))
+
+
+@torch.no_grad()
+def draw_predictions(model, decoder, clips, captions, held, out):
+    """Clip, what is visible of it, and the hidden tokens decoded from predictions and targets.
+
+    held: clips (m, 3, T, H, W) that the decoder was not trained on, for its error.
+    """
+    grid, tubelet = model.encoder.grid, model.encoder.tubelet
+    hidden, predicted, targets = predict_hidden(model, held)
+    truth = gather_tokens(cut_tubelets(held, tubelet), hidden)  # (m, K, P)
+    errors = [((decoder(features).cpu() - truth).square().mean() / truth.var()).item()
+              for features in (predicted, targets)]
+    hidden, predicted, targets = predict_hidden(model, clips)
     own = cut_tubelets(clips, tubelet)  # (n, N, P)
 
     def fill(features):
-        """The clip, with the hidden tokens decoded from features (n, N - Kc, D), or grey."""
-        pixels = own.clone()
-        places = hidden.cpu()[..., None].expand(-1, -1, own.shape[-1])
+        """The clip, with the hidden tokens decoded from features (n, K, D), or grey."""
+        places = hidden[..., None].expand(-1, -1, own.shape[-1])
         values = decoder(features).cpu() if features is not None else torch.zeros(places.shape)
-        return to_image(join_tubelets(pixels.scatter(1, places, values), tubelet, grid))
+        return to_image(join_tubelets(own.scatter(1, places, values), tubelet, grid))
 
     rows = []
-    wanted = targets.gather(1, hidden[..., None].expand(-1, -1, targets.shape[-1]))
     for i, caption in enumerate(captions):
         for text, films in ((f"{caption}\nclip", to_image(clips)), ("visible", fill(None)),
-                            ("predicted", fill(predicted)), ("target", fill(wanted))):
+                            ("predicted", fill(predicted)), ("target", fill(targets))):
             rows.append((text, strip(films[i])))
     show_rows(rows, "What the predictor expects where the context encoder sees nothing",
-              "Rows of each clip: all of it; what the context encoder sees; the masked tokens "
+              "Rows of each clip: all of it; what the context encoder sees; the hidden tokens "
               "decoded from the predictor's features; the same decoded from the target encoder's. "
               "The decoder was trained on the target encoder's features alone, of other clips, one "
-              f"token at a time; it leaves {error:.0%} of the pixels' variance.",
+              f"token at a time. Of the hidden pixels' variance it leaves {errors[1]:.0%} with "
+              f"target features, and {errors[0]:.0%} with predicted ones.",
               out / "predictions.png", 0.55)
 
 
 def nearest(features, queries, count=5):
-    """The nearest clips by cosine, (n, D) -> (queries, count), the query itself left out."""
+    """The nearest clips by cosine, (n, D) -> (queries, count), the query itself left out.
+
+    Of few clips, all the others."""
     features = F.normalize(features.float(), dim=-1)
     similarity = features[queries] @ features.T
     similarity[torch.arange(len(queries)), queries] = -1e9
-    return similarity.topk(count, dim=1).indices
+    return similarity.topk(min(count, len(features) - 1), dim=1).indices
 
 
 def draw_neighbours(found, queries, images, captions, out):
@@ -262,10 +279,15 @@ def main(args):
         train = test = open_data(source, **clip, train=False)
         train_numbers, test_numbers = range(0, len(train), 2), range(1, len(train), 2)
     bad_files = BadFiles()
+    # Evenly spread, as class folders are in the order of their classes.
     [fitted_on], [shown] = (
-        encode([encoder], dataset, numbers, bad_files, 50, worker_count(-1), title, args.cache)
-        for dataset, numbers, title in ((train, list(train_numbers), "clips to train on"),
-                                        (test, list(test_numbers), "clips to show")))
+        encode([encoder], dataset, list(numbers)[::-(-len(numbers) // args.clips)], bad_files, 50,
+               worker_count(-1), title, args.cache)
+        for dataset, numbers, title in ((train, train_numbers, "clips to train on"),
+                                        (test, test_numbers, "clips to show")))
+    if min(len(fitted_on.numbers), len(shown.numbers)) < 2:
+        raise DataError(f"{' '.join(source)}: two readable clips to train on and two to show are "
+                        f"the least, not {len(fitted_on.numbers)} and {len(shown.numbers)}")
 
     labels = [*shown.labels.values(), torch.zeros(len(shown.numbers))][0]
     order = labels.argsort(stable=True)
@@ -288,34 +310,33 @@ def main(args):
     else:
         print("no attention.png: a probe needs labels")
 
-    thumbs, pixels = {}, []
-    for numbers in torch.tensor(shown.numbers).split(50):
-        part = test.__getitems__(numbers.tolist())[0]
-        pixels.append(F.adaptive_avg_pool3d(part, (4, 16, 16)).flatten(1))
-        thumbs.update(zip(numbers.tolist(), part[:, :, part.shape[2] // 2, None], strict=True))
-    spaces = {"features": shown.pooled[:, 0], "pixels": torch.cat(pixels)}
+    pixels = torch.cat([F.adaptive_avg_pool3d(test.__getitems__(numbers.tolist())[0], (4, 16, 16))
+                        for numbers in torch.tensor(shown.numbers).split(50)]).flatten(1)
+    spaces = {"features": shown.pooled[:, 0], "pixels": pixels}
     found = {name: nearest(standardise(space)[0], picked[:5]) for name, space in spaces.items()}
-    draw_neighbours(found, picked[:5].tolist(),
-                    lambda i: to_image(thumbs[shown.numbers[i]])[0],
+
+    def middle_frame(i):
+        [film] = test.__getitems__([shown.numbers[i]])[0]  # (3, T, H, W)
+        return to_image(film[:, film.shape[1] // 2, None])[0]
+
+    draw_neighbours(found, picked[:5].tolist(), middle_frame,
                     lambda i: test.caption(shown.numbers[i]), out)
     print(f"{out}/neighbours.png")
 
     if any("mask_tokens" in key for key in checkpoint.get("predictor", ())) and (
             "target_encoder" in checkpoint):
         model = VJEPA.from_checkpoint(path).to(device).eval()
-        count = min(500, len(fitted_on.numbers))
-        some = train.__getitems__(fitted_on.numbers[:count])[0]
+        tokens = int(np.prod(model.encoder.grid))
+        some = train.__getitems__(fitted_on.numbers[:max(2, 50_000 // tokens)])[0]
         if taken == 1:
             some, clips = some[:, :, :1], clips[:, :, :1]
+        held = -(-len(some) // 10)
         with torch.no_grad():
             targets = torch.cat([model.targets(part.to(device)).half().cpu()
-                                 for part in some.split(50)])
-        pixels = cut_tubelets(some, model.encoder.tubelet)
-        decoder = train_decoder(targets[:-50], pixels[:-50], args.decoder_steps, device)
-        with torch.no_grad():
-            left = decoder(targets[-50:].to(device).float()).cpu() - pixels[-50:]
-        error = (left.square().mean() / pixels[-50:].var()).item()
-        draw_predictions(model, decoder, clips[:3], captions[:3], out, error)
+                                 for part in some[:-held].split(50)])
+        decoder = train_decoder(targets, cut_tubelets(some[:-held], model.encoder.tubelet),
+                                args.decoder_steps, device)
+        draw_predictions(model, decoder, clips[:3], captions[:3], some[-held:], out)
         print(f"{out}/predictions.png")
     else:
         print("no predictions.png: this checkpoint has no predictor of features")
@@ -336,10 +357,14 @@ def parse_args(arguments=None):
     add("--checkpoint", help="a run's folder or a checkpoint file (the newest run)")
     add("--data", nargs="+", help="clips to show (what the run was trained on)")
     add("--out", help="folder for the pictures (runs/NAME/pictures)")
+    add("--clips", type=int, default=2000, help="clips to train on, and to show some of, at most")
     add("--decoder-steps", type=int, default=1500, help="training steps of the pixel decoder")
     add("--cache", default=CACHE, help="folder for stored features; safe to delete (cache)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.clips < 1:
+        parser.error("--clips is at least 1")
+    return args
 
 
 if __name__ == "__main__":

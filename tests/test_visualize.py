@@ -4,6 +4,7 @@ from PIL import Image
 
 import visualize
 from baselines import join_tubelets
+from data import DataError
 from model import cut_tubelets
 from tests.runs import train_here
 
@@ -11,11 +12,12 @@ PICTURES = ["attention.png", "features.gif", "features.png", "neighbours.png", "
             "training.png"]
 
 
-@pytest.mark.parametrize("method, missing", [("vjepa", []), ("mae", ["predictions.png"])])
-def test_every_picture_of_a_run_is_drawn_or_it_is_said_why_not(method, missing, tmp_path,
-                                                               monkeypatch, capsys):
-    monkeypatch.setattr("synthetic.Synthetic.splits", {"train": 80, "val": 8, "test": 40})
+@pytest.mark.parametrize("method, train, test, missing", [
+    ("vjepa", 80, 40, []), ("vjepa", 3, 2, []), ("mae", 80, 40, ["predictions.png"])])
+def test_every_picture_of_a_run_is_drawn_or_it_is_said_why_not(
+        method, train, test, missing, tmp_path, monkeypatch, capsys):
     train_here(tmp_path, monkeypatch, "--method", method)
+    monkeypatch.setattr("synthetic.Synthetic.splits", {"train": train, "val": 8, "test": test})
     visualize.main(visualize.parse_args(["--decoder-steps", "5", "--out", "pictures"]))
     made = {path.name: Image.open(path) for path in (tmp_path / "pictures").iterdir()}
     assert sorted(made) == sorted(set(PICTURES) - set(missing))
@@ -23,6 +25,13 @@ def test_every_picture_of_a_run_is_drawn_or_it_is_said_why_not(method, missing, 
     assert all(min(image.size) > 60 for image in made.values())
     said = capsys.readouterr().out
     assert all(f"no {name}" in said for name in missing)
+
+
+def test_too_few_clips_are_an_error(tmp_path, monkeypatch):
+    train_here(tmp_path, monkeypatch)
+    monkeypatch.setattr("synthetic.Synthetic.splits", {"train": 3, "val": 8, "test": 1})
+    with pytest.raises(DataError, match="not 3 and 1"):
+        visualize.main(visualize.parse_args([]))
 
 
 def test_one_value_a_token_becomes_one_value_a_pixel_of_its_tubelet():
