@@ -285,7 +285,7 @@ def build(config):
     takes_ratio = masking in ("random", "tube", "running-cell")
     if config.mask_ratio and not takes_ratio:
         raise ValueError(f"--mask-ratio is for random, tube and running-cell masks, not {masking}")
-    ratio = takes_ratio and (config.mask_ratio or method.mask_ratio)
+    ratio = (config.mask_ratio or method.mask_ratio) if takes_ratio else 0
     ratios = ([(1 - ratio, ratio)] if ratio else
               list(zip(config.context_ratio, config.target_ratio, strict=True)))
     if masking in ("running-cell", "image-block", "crops"):

@@ -9,8 +9,8 @@ predictions.png     what the predictor expects where it sees nothing, decoded in
 neighbours.png      clips, and those nearest by frozen features and by pixels
 training.png        the loss beside what tells how good the features are
 
-All clips are new to the encoder. The decoder and the attentive probe are trained here, on frozen
-features of one part of the clips, and shown on another.
+The decoder and the attentive probe are trained here, on frozen features of one part of the clips,
+and shown on another: the test part where there is one, so clips that are new to the encoder, too.
 """
 
 import argparse
@@ -181,18 +181,16 @@ def draw_predictions(model, decoder, clips, captions, held, out):
               for features in (predicted, targets)]
     hidden, predicted, targets = predict_hidden(model, clips)
     own = cut_tubelets(clips, tubelet)  # (n, N, P)
+    places = hidden[..., None].expand(-1, -1, own.shape[-1])  # (n, K, P)
 
-    def fill(features):
-        """The clip, with the hidden tokens decoded from features (n, K, D), or grey."""
-        places = hidden[..., None].expand(-1, -1, own.shape[-1])
-        values = decoder(features).cpu() if features is not None else torch.zeros(places.shape)
-        return to_image(join_tubelets(own.scatter(1, places, values), tubelet, grid))
+    def fill(pixels):
+        """The clips, with pixels (n, K, P) for the hidden tokens."""
+        return to_image(join_tubelets(own.scatter(1, places, pixels), tubelet, grid))
 
-    rows = []
-    for i, caption in enumerate(captions):
-        for text, films in ((f"{caption}\nclip", to_image(clips)), ("visible", fill(None)),
-                            ("predicted", fill(predicted)), ("target", fill(targets))):
-            rows.append((text, strip(films[i])))
+    films = {"clip": to_image(clips), "visible": fill(torch.zeros(places.shape)),
+             "predicted": fill(decoder(predicted).cpu()), "target": fill(decoder(targets).cpu())}
+    rows = [(f"{caption}\nclip" if name == "clip" else name, strip(film[i]))
+            for i, caption in enumerate(captions) for name, film in films.items()]
     show_rows(rows, "What the predictor expects where the context encoder sees nothing",
               "Rows of each clip: all of it; what the context encoder sees; the hidden tokens "
               "decoded from the predictor's features; the same decoded from the target encoder's. "
@@ -205,7 +203,8 @@ def draw_predictions(model, decoder, clips, captions, held, out):
 def nearest(features, queries, count=5):
     """The nearest clips by cosine, (n, D) -> (queries, count), the query itself left out.
 
-    Of few clips, all the others."""
+    Of few clips, all the others.
+    """
     features = F.normalize(features.float(), dim=-1)
     similarity = features[queries] @ features.T
     similarity[torch.arange(len(queries)), queries] = -1e9
@@ -326,6 +325,7 @@ def main(args):
     if any("mask_tokens" in key for key in checkpoint.get("predictor", ())) and (
             "target_encoder" in checkpoint):
         model = VJEPA.from_checkpoint(path).to(device).eval()
+        # The decoder learns from single tokens: as many, whatever their number in a clip.
         tokens = int(np.prod(model.encoder.grid))
         some = train.__getitems__(fitted_on.numbers[:max(2, 50_000 // tokens)])[0]
         if taken == 1:
