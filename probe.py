@@ -1,229 +1,344 @@
-"""How good frozen features are: attentive, linear and nearest-neighbour probes.
+"""Frozen evaluation: how good are the features of an encoder? (paper, section 4.3)
 
-    python probe.py                          the newest run in runs/
-    python probe.py --checkpoint runs/NAME   that one; or a checkpoint file, also a published one
+    python probe.py                          the latest run in runs/
+    python probe.py --checkpoint runs/NAME   that run; or a checkpoint file, published ones too
     python probe.py --checkpoint vitl16.pth.tar --data train.csv --test-data val.csv --protocol k400
-    python probe.py --checkpoint vitl16.pth.tar --data val.csv --protocol k400 --eval-only \\
-        --probe k400-probe.pth.tar           a published encoder with its published probe
-    python probe.py --extract features.npz   features, paths and labels for use elsewhere
 
-The target encoder is frozen and encodes every clip once (features.py); then small heads are trained
-on these features (heads.py; paper, section 4.3) with all and with a part of the labels, for 3 probe
-seeds.
-Controls: the same encoder with its random initial weights; the trained encoder shown one frozen
-frame as a clip, from which no motion can be read; and the pixels' differences from frame to frame.
-
-The loss is no measure of what was learned: it also falls when features get poorer. Judge by these.
+The target encoder is frozen and encodes every clip once (runtime/features.py). Three probes are
+trained on the stored features, with all and with few of the labels, for several seeds:
+attentive  a learned query attends to all tokens, followed by a linear layer
+linear     logistic regression on the mean token
+knn        a vote of the nearest training clips by mean token
+Controls: the encoder with its random initial weights; the trained encoder on a single frame, which
+shows no motion; differences of successive frames, which are all that pixels say about motion.
 """
 
 import argparse
-import csv
+import copy
+import math
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-import report
-from data import BadFiles, DataError, open_data, worker_count
-from features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, encode_batches, extract,
-                      on_clips, open_parts, untrained_encoder)
-from hardware import pick_device
-from heads import AttentiveProbe, accuracy, probe_all
-from model import load_encoder
-from weights import CheckpointError, load_checkpoint
-
-# Clips for probing are made with a seed that no pretraining run uses, so they are new to every run.
-PROBE_SEED = 1_000_003
+from data import BadFiles, DataError, num_workers
+from model import MLP, init_weights
+from runtime import report
+from runtime.features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, on_clips,
+                              open_encoder, open_splits, random_init_encoder)
+from runtime.flags import check, flag, parse
+from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
+from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
 
 
-def newest_run():
-    """The folder in runs/ with the newest checkpoint. Raises CheckpointError if there is none."""
-    files = sorted(Path("runs").glob("*/checkpoint-*.pt"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise CheckpointError("runs/ holds no checkpoint: run train.py, or pass --checkpoint")
-    return files[-1].parent
+class CrossAttention(nn.Module):
+    """One query attends to all tokens. (`proj` is in the published files, but never applied.)"""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def weights(self, query, x, scale=1.0):
+        """Attention of each head to each token: (1, 1, D), (B, N, D) -> (B, N, heads)."""
+        D, h = x.shape[-1], self.num_heads
+        key = self.kv.weight[:D].view(h, D // h, D)
+        query = torch.einsum("hd,hdD->hD", self.q(query).view(h, D // h), key) * scale
+        return (x @ query.T * (D // h) ** -0.5).softmax(dim=1)
+
+    def forward(self, query, x, scale=1.0, shift=0.0):
+        """The query (1, 1, D) attends to the tokens scale * x + shift, x (B, N, D) -> (B, 1, D).
+
+        With a single query, the query is carried through the key matrix instead of all tokens, and
+        the value matrix is applied after averaging; scale and shift (D,) likewise. The result is
+        the same at a tenth of the cost, since no gradient has to pass through the tokens. (The bias
+        of the keys raises all scores equally, so it has no effect.)
+        """
+        D, h = x.shape[-1], self.num_heads
+        value = self.kv.weight[D:].view(h, D // h, D)
+        averages = self.weights(query, x, scale).transpose(1, 2) @ x * scale + shift  # (B, h, D)
+        values = torch.einsum("bhD,hdD->bhd", averages, value).flatten(1)  # (B, D)
+        return (values + self.kv.bias[D:])[:, None]
 
 
-def compare(encoders, train_set, test_set, folds, num_heads, bad_files, args):
-    """Probe every encoder in every fold, with every share of the labels and every seed.
+class CrossAttentionBlock(nn.Module):
+    """Pre-norm block: the query (1, 1, D) attends to tokens (B, N, D) -> (B, 1, D)."""
 
-    encoders: {column of the table: module}; folds as from features.open_parts -> (accuracies
-    {(kind, probe, column): (seeds, folds)}, confusion of the first encoder's best-fed attentive
-    probes {kind: (classes, classes) counts, row: true class}).
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.xattn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, query, x):
+        x = F.layer_norm(x, x.shape[-1:], eps=self.norm1.eps)
+        query = query + self.xattn(query, x, self.norm1.weight, self.norm1.bias)
+        return query + self.mlp(self.norm2(query))
+
+
+class AttentivePooler(nn.Module):
+    """Pool all tokens into one vector by a learned query: (B, N, D) -> (B, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cross_attention_block = CrossAttentionBlock(dim, num_heads)
+
+    def forward(self, x):
+        return self.cross_attention_block(self.query_tokens, x)[:, 0]
+
+
+class AttentiveProbe(nn.Module):
+    """Attentive pooling and a linear layer: features (B, N, D) -> logits (B, num_classes).
+
+    init_std as in model.init_weights.
     """
-    numbers = [sorted({n for fold in folds for n in fold[i]}) for i in range(2)]
-    train, test = (encode(list(encoders.values()), dataset, part, bad_files, args.batch_size,
-                          args.workers, f"encoding clips to {what}", args.cache)
-                   for dataset, part, what in zip((train_set, test_set), numbers,
-                                                  ("train on", "test on"), strict=True))
-    # Of unreadable clips there are no features.
-    rows = [[torch.tensor([row for row, n in enumerate(part[0].numbers) if n in wanted])
+
+    def __init__(self, embed_dim, num_heads, num_classes, init_std=0.02):
+        super().__init__()
+        self.pooler = AttentivePooler(embed_dim, num_heads)
+        self.linear = nn.Linear(embed_dim, num_classes)
+        init_weights(self, init_std)
+        nn.init.trunc_normal_(self.pooler.query_tokens, std=0.02)
+
+    def forward(self, features):
+        return self.linear(self.pooler(features))
+
+    def attention(self, features):
+        """Attention of the query: (B, N, D) -> (B, N, heads), which sums to 1 over the tokens."""
+        block = self.pooler.cross_attention_block
+        features = F.layer_norm(features, features.shape[-1:], eps=block.norm1.eps)
+        return block.xattn.weights(self.pooler.query_tokens, features, block.norm1.weight)
+
+    @classmethod
+    def from_checkpoint(cls, path, num_heads):
+        """A published probe, in eval mode; num_heads: the encoder's (ViT-L and ViT-H: 16).
+
+        Raises CheckpointError if the file is missing, damaged, or does not fit.
+        """
+        state = state_dict(load_checkpoint(path), "classifier", path)
+        num_classes, embed_dim = state["linear.weight"].shape
+        probe = cls(embed_dim, num_heads, num_classes)
+        load_strictly(probe, state, path)
+        return probe.eval()
+
+
+def fit_attentive(tokens, labels, train_ids, val_ids, num_heads, num_classes, seed, device="cpu"):
+    """Train an attentive probe on stored tokens; keep the epoch that is best on validation.
+
+    tokens: (n, V, N, D), of which the first view is used; labels: (n,); train_ids, val_ids:
+    indices. As published: 20 epochs of AdamW, learning rate 1e-3 with a cosine to 0, weight decay
+    0.01; small sets get at least 200 steps.
+    """
+    torch.manual_seed(seed)
+    probe = AttentiveProbe(tokens.shape[-1], num_heads, num_classes, init_std=None).to(device)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
+    batch_size = min(64, len(train_ids))
+    steps = len(train_ids) // batch_size
+    epochs = max(20, math.ceil(200 / steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    best, best_state = -1.0, None
+    for epoch in range(epochs):
+        for ids in train_ids[torch.randperm(len(train_ids))].split(batch_size)[:steps]:
+            logits = probe(tokens[ids, 0].to(device, torch.float32))  # (b, num_classes)
+            loss = F.cross_entropy(logits, labels[ids].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if epoch >= epochs // 2:
+            score = accuracy(predict(probe, tokens[val_ids, :1]).argmax(1), labels[val_ids])
+            if score >= best:
+                best, best_state = score, copy.deepcopy(probe.state_dict())
+    probe.load_state_dict(best_state)
+    return probe
+
+
+@torch.no_grad()
+def predict(probe, tokens):
+    """Class probabilities, averaged over the views: (n, V, N, D) -> (n, num_classes)."""
+    device = probe.linear.weight.device
+    return torch.cat([probe(part.flatten(0, 1).to(device, torch.float32)).softmax(-1)
+                      .unflatten(0, part.shape[:2]).mean(1).cpu() for part in tokens.split(64)])
+
+
+def fit_linear(features, labels, decay, num_classes):
+    """Logistic regression with weight decay, trained to convergence.
+
+    features (n, D), labels (n,) -> function from (..., D) to probabilities (..., num_classes).
+    """
+    layer = nn.Linear(features.shape[1], num_classes, device=features.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(features), labels) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda x: layer(x).softmax(-1).detach()
+
+
+def balanced_subset(labels, fraction, generator):
+    """Indices of a random fraction of the clips, the same of each class and at least two each."""
+    selected = []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        selected.append(members[:max(2, round(fraction * len(members)))])
+    return torch.cat(selected)
+
+
+def split_for_validation(labels, generator):
+    """Hold out a fifth of each class, at least one clip in all: (n,) -> two index tensors."""
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]  # by class, random within a class
+    every = min(5, len(order))
+    held_out = torch.arange(len(order)) % every == every - 1
+    return order[~held_out], order[held_out]
+
+
+def probe_all(train, test, task, num_classes, num_heads, fraction=1.0, seed=0, rows=None,
+              device="cpu"):
+    """Train all probes on one task: {probe: predicted classes of the test clips (m,)}.
+
+    train, test: features.Features; fraction: of the labels to use; rows: (training, test) clips as
+    index tensors, if not all. A fifth of the labels is held out to choose weight decay, neighbours
+    and epochs; the test set chooses nothing. Features of a single token get no attentive probe,
+    because there is nothing to attend to.
+    """
+    train_rows, test_rows = rows or map(torch.arange, (len(train.tokens), len(test.tokens)))
+    generator = torch.Generator().manual_seed(seed)
+    used = train_rows[balanced_subset(train.labels[task][train_rows], fraction, generator)]
+    labels = train.labels[task][used]
+    fit, val = split_for_validation(labels, generator)
+    mean, mean_test = standardize(train.pooled[used, 0], test.pooled[test_rows])  # (n, D) (m, V, D)
+
+    decay = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda decay: accuracy(
+        fit_linear(mean[fit], labels[fit], decay, num_classes)(mean[val]).argmax(1), labels[val]))
+    k = max((20, 10, 5, 3), key=lambda k: accuracy(
+        knn_predict(mean[fit], labels[fit], mean[val], k), labels[val]))
+    votes = knn_votes(mean, labels, mean_test.flatten(0, 1), k).unflatten(0, mean_test.shape[:2])
+    scores = {"linear": fit_linear(mean, labels, decay, num_classes)(mean_test).mean(1),
+              "knn": votes.sum(1)}
+    if train.tokens.shape[2] > 1:
+        attentive = fit_attentive(train.tokens, train.labels[task], used[fit], used[val], num_heads,
+                                  num_classes, seed, device)
+        scores = {"attentive": predict(attentive, test.tokens[test_rows]), **scores}
+    return {probe: values.argmax(1) for probe, values in scores.items()}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to probe, on which clips, and how."""
+
+    checkpoint: str = flag("", "a run's folder or a checkpoint file (default: the latest run)")
+    data: list[str] = flag([], "labelled clips (default: what the run was trained on)")
+    test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
+    split: str = flag("test", "split to test on: test, val, or leave-one-group-out")
+    protocol: str = flag("", "segments x views: k400 8 x 3, ssv2 2 x 3, image 1 x 1",
+                         ("", *PROTOCOLS))
+    segments: int = flag(0, "clips spread over a video; 0: by --protocol, or 1", least=0)
+    views: int = flag(0, "crops spread over a test clip; 0: by --protocol, or 1", least=0)
+    frame_step: int = flag(0, "take every n-th frame; 0: as in training, or 4", least=0)
+    fps: float = flag(0.0, "frames per second instead of --frame-step; 0: as in training", least=0)
+    label_fraction: list[float] = flag([0.1], "fractions of the labels to train probes with, "
+                                       "besides all of them", above=0, most=1)
+    seeds: int = flag(3, "probe seeds", least=1)
+    controls: list[str] = flag(["random_init", "one_frame", "motion_energy"],
+                               "what to probe besides the trained encoder",
+                               ("random_init", "one_frame", "motion_energy"))
+    out: str = flag("", "folder for the results (default: beside the checkpoint)")
+    cache: str = flag(str(CACHE), "folder for stored features; safe to delete")
+    num_heads: int = flag(0, "attention heads, if the checkpoint does not record them", least=0)
+    batch_size: int = flag(50, "clips encoded at a time", least=1)
+    max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
+    workers: int = flag(-1, "processes that decode clips; -1: one per core, at most 8", least=-1)
+    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
+
+
+def compare(encoders, train_set, test_set, folds, num_heads, config, device):
+    """Probe every encoder in every fold with every fraction of the labels and every seed.
+
+    encoders: {name: module}, the trained one first; folds: as from features.open_splits
+    -> (accuracies {(task, probe, column): (seeds, folds)}, confusion counts {task: (classes,
+    classes)} of the trained encoder's attentive probe with all labels, row: true class).
+    """
+    bad_files = BadFiles(config.max_bad)
+    train, test = (
+        encode(list(encoders.values()), dataset, sorted({i for fold in folds for i in fold[part]}),
+               bad_files, config.batch_size, num_workers(config.workers), f"encoding {name} clips",
+               config.cache)
+        for part, (name, dataset) in enumerate((("training", train_set), ("test", test_set))))
+    # Unreadable clips have no features.
+    rows = [[torch.tensor([row for row, i in enumerate(part[0].sample_ids) if i in wanted])
              for part, wanted in zip((train, test), map(set, fold), strict=True)] for fold in folds]
-    jobs = [(i, fraction, seed, fold, kind)
-            for i, view in enumerate(encoders) for fraction in args.label_fraction
-            for seed in range(args.seeds) for fold in range(len(folds))
-            for kind in test_set.class_names if fraction == 1 or view in report.LEARNERS]
-    device = pick_device(args.device)
-    scores, confusion = {}, {kind: torch.zeros(len(names), len(names), dtype=torch.int64)
-                             for kind, names in test_set.class_names.items()}
-    for i, fraction, seed, fold, kind in tqdm(jobs, "probes", leave=False, disable=None):
-        predicted = probe_all(train[i], test[i], kind, len(confusion[kind]), num_heads, fraction,
-                              seed, rows[fold], device)
-        labels = test[i].labels[kind][rows[fold][1]]
-        for probe, classes in predicted.items():
-            column = report.column(list(encoders)[i], fraction)
-            table = scores.setdefault((kind, probe, column), np.zeros((args.seeds, len(folds))))
+    fractions = sorted({1.0, *config.label_fraction}, reverse=True)
+    jobs = [(i, name, fraction, seed, fold, task) for i, name in enumerate(encoders)
+            for fraction in fractions for seed in range(config.seeds) for fold in range(len(folds))
+            for task in test_set.class_names if fraction == 1 or name in report.LEARNERS]
+    scores = {}
+    confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
+                 for task, names in test_set.class_names.items()}
+    for i, name, fraction, seed, fold, task in tqdm(jobs, "probes", leave=False, disable=None):
+        predictions = probe_all(train[i], test[i], task, len(confusion[task]), num_heads, fraction,
+                                seed, rows[fold], device)
+        labels = test[i].labels[task][rows[fold][1]]
+        for probe, classes in predictions.items():
+            key = task, probe, report.column(name, fraction)
+            table = scores.setdefault(key, np.zeros((config.seeds, len(folds))))
             table[seed, fold] = accuracy(classes, labels)
-            if (probe, column) == ("attentive", next(iter(encoders))):
-                confusion[kind].index_put_((labels, classes), torch.tensor(1), accumulate=True)
+            if (probe, i, fraction) == ("attentive", 0, 1):
+                confusion[task].index_put_((labels, classes), torch.tensor(1), accumulate=True)
+    bad_files.summary()
     return scores, confusion
 
 
-def classify(encoder, probe, dataset, bad_files, batch_size, workers=0):
-    """What a trained probe makes of clips -> (probabilities (n, classes), the n clips' numbers).
+def main(config):
+    """Probe a checkpoint: print the tables, write probe.json and its pictures, return the results.
 
-    The softmax is averaged over a clip's views. Nothing is stored.
+    -> {task: {probe: {column: accuracy}}}. Raises ValueError, DataError or CheckpointError.
     """
-    probabilities, numbers = [], []
-    for batch, [tokens] in encode_batches([encoder], dataset, list(range(len(dataset))), bad_files,
-                                          batch_size, workers, "classifying"):
-        with torch.no_grad():
-            scores = probe(tokens.flatten(0, 1)).softmax(-1)
-        probabilities.append(scores.unflatten(0, tokens.shape[:2]).mean(1).cpu())
-        numbers += batch.numbers.tolist()
-    return torch.cat(probabilities), numbers
-
-
-def evaluate(encoder, source, clip, protocol, bad_files, folder, args):
-    """--eval-only: classify, write predictions.csv and, where there are labels, the accuracy."""
-    probe = AttentiveProbe.from_checkpoint(args.probe, encoder.num_heads)
-    num_classes, width = probe.linear.weight.shape
-    if width != encoder.norm.weight.shape[0]:
-        raise CheckpointError(f"{args.probe}: for features of width {width}, but the encoder's "
-                              f"have {encoder.norm.weight.shape[0]}")
-    splits = open_data(source, **clip, train=False).splits
-    split = next((name for name in (args.split, "val") if name in splits), None)
-    dataset = open_data(source, **clip, split=split, train=False,
-                        classes=[str(i) for i in range(num_classes)], **protocol)
-    print(f"classifying {len(dataset)} clips of {dataset.name}", flush=True)
-    probabilities, numbers = classify(encoder, probe.to(pick_device(args.device)), dataset,
-                                      bad_files, args.batch_size, args.workers)
-    labels = dataset.labels(numbers).get("class")
-    ranks = probabilities.topk(min(5, num_classes))
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "predicted", "probability", "best_five"])
-        for i, number in enumerate(numbers):
-            writer.writerow([dataset.path(number), "" if labels is None else labels[i].item(),
-                             ranks.indices[i, 0].item(), f"{ranks.values[i, 0].item():.4f}",
-                             " ".join(map(str, ranks.indices[i].tolist()))])
-    print(f"written to {folder / 'predictions.csv'}")
-    if labels is None:
-        return
-    hits = ranks.indices == labels[:, None]
-    results = {"clips": len(numbers), "top1": hits[:, 0].float().mean().item(),
-               "top5": hits.any(1).float().mean().item()}
-    print(f"top-1 {results['top1']:.4f}, top-5 {results['top5']:.4f} of {len(numbers)} clips")
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64).index_put_(
-        (labels, ranks.indices[:, 0]), torch.tensor(1), accumulate=True)
-    report.write_json(folder, args, results, {"class": confusion}, dataset.class_names)
-    report.draw_confusion({"class": confusion}, dataset.class_names, folder / "confusion.png",
-                          Path(args.probe).name)
-
-
-def main(args):
-    """Probe one checkpoint; what is printed and written depends on the flags."""
-    path, device = Path(args.checkpoint or newest_run()), pick_device(args.device)
-    folder = Path(args.out or (path if path.is_dir() else path.parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    config = load_checkpoint(path).get("config", {})
-    overrides = {} if args.num_heads is None else {"num_heads": args.num_heads}
-    encoder = load_encoder(path, **overrides).to(device)
-    frames = config.get("num_frames", encoder.num_frames)
-    source = args.data or config.get("data", ["synthetic"])
-    img_size = encoder.grid[1] * encoder.tubelet[1]
-    clip = {"num_frames": frames, "img_size": img_size, "seed": PROBE_SEED,
-            "frame_step": args.frame_step or config.get("frame_step", 4)}
-    if fps := args.fps or not args.frame_step and config.get("fps"):
-        clip["fps"] = fps
-    segments, views = PROTOCOLS[args.protocol] if args.protocol else (1, 1)
-    segments, views = args.segments or segments, args.views or views
-    protocol = {name: n for name, n in (("segments", segments), ("views", views)) if n > 1}
-    # Pretrained on single frames, probed on all frames of a clip.
-    encoder = on_clips(encoder, frames).to(device)
-    bad_files = BadFiles(args.max_bad)
-    args.checkpoint, args.data = str(path), source  # for probe.json
-
-    if args.extract:
-        count = extract(args.extract, encoder, source, clip, protocol, bad_files,
-                        batch_size=args.batch_size, workers=args.workers, store=args.cache)
-        print(f"features of {count} clips written to {args.extract}")
-    elif args.eval_only:
-        evaluate(encoder, source, clip, protocol, bad_files, folder, args)
-    else:
-        untrained = on_clips(untrained_encoder(path, overrides), frames).to(device)
-        encoders = {"trained": encoder, "random_init": untrained, "one_frame": OneFrame(encoder),
-                    "motion_energy": MotionEnergy()}
-        train, test, folds = open_parts(source, args.split, clip, args.test_data, **protocol)
-        print(f"probing {path} on {train.name}: " + (
-            f"{len(folds)} folds of {len(test)} clips in all" if len(folds) > 1 else
-            f"{len(folds[0][0])} clips to train on, {len(folds[0][1])} to test on"), flush=True)
-        scores, confusion = compare(encoders, train, test, folds, encoder.num_heads, bad_files,
-                                    args)
-        results = report.summarise(scores)
-        report.print_tables(results, args.label_fraction, args.seeds, len(folds))
-        report.write_json(folder, args, results, confusion, test.class_names)
-        report.draw_confusion(confusion, test.class_names, folder / "confusion.png")
-        if len(args.label_fraction) > 1:
-            report.draw_label_efficiency(results, args.label_fraction, folder / "labels.png")
-        print(f"written to {folder}/: probe.json, confusion.png"
-              + ", labels.png" * (len(args.label_fraction) > 1))
-    bad_files.summary()
+    check(config)
+    path, encoder, data, clip = open_encoder(config.checkpoint, config.data, config.device,
+                                             config.num_heads, config.frame_step, config.fps)
+    device = next(encoder.parameters()).device
+    controls = {
+        "random_init": lambda: on_clips(random_init_encoder(path, config.num_heads),
+                                        clip["num_frames"]).to(device),
+        "one_frame": lambda: OneFrame(encoder), "motion_energy": MotionEnergy}
+    encoders = {"trained": encoder, **{name: controls[name]() for name in config.controls}}
+    segments, views = PROTOCOLS.get(config.protocol, (1, 1))
+    train_set, test_set, folds = open_splits(
+        data, config.split, clip, config.test_data, segments=config.segments or segments,
+        views=config.views or views)
+    print(f"probing {path} on {train_set.name}: " + (
+        f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
+        f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)
+    scores, confusion = compare(encoders, train_set, test_set, folds, encoder.num_heads, config,
+                                device)
+    folder = Path(config.out or (path if path.is_dir() else path.parent))
+    return report.write(folder, scores, confusion, test_set.class_names, config.label_fraction,
+                        asdict(config) | {"checkpoint": str(path), "data": data})
 
 
 def parse_args(arguments=None):
-    """Command line -> namespace. Unknown flags, and flags that exclude each other, exit with 2."""
+    """Command line -> Config. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="python probe.py [--checkpoint PATH] [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", help="a run's folder or a checkpoint file (the newest run)")
-    add("--data", nargs="+", help="labelled clips (what the run was trained on)")
-    add("--test-data", nargs="+", help="clips to test on (the --split of --data)")
-    add("--split", default="test", help="split to test on: test, val, or leave-one-group-out")
-    add("--protocol", choices=PROTOCOLS, help="the paper's segments x views: k400 8 x 3, ssv2 "
-        "2 x 3, image 1 x 1")
-    add("--segments", type=int, help="clips spread over a video (1)")
-    add("--views", type=int, help="crops spread over the longer side of a test clip (1)")
-    add("--frame-step", type=int, help="take every n-th frame (as the run did, or 4)")
-    add("--fps", type=float, help="frames a second, instead of --frame-step")
-    add("--label-fraction", type=float, nargs="+", default=[1.0, 0.1], metavar="SHARE",
-        help="shares of the labels to train probes with (1.0 0.1); 1.0 is always among them")
-    add("--seeds", type=int, default=3, help="probe seeds")
-    add("--eval-only", action="store_true", help="train nothing: run --probe on the clips")
-    add("--probe", help="a published attentive probe, for --eval-only")
-    add("--extract", metavar="FILE.npz", help="write features, paths and labels, and stop")
-    add("--out", help="folder for results (beside the checkpoint)")
-    add("--cache", default=CACHE, help="folder for stored features; safe to delete (cache)")
-    add("--num-heads", type=int, help="where the checkpoint does not tell them")
-    add("--batch-size", type=int, default=50, help="clips encoded at a time")
-    add("--max-bad", type=float, default=0.05, help="share of unreadable files to put up with")
-    add("--workers", type=int, default=-1, help="processes that decode clips; -1: one a core, at "
-        "most 8")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args(arguments)
-    if args.eval_only != bool(args.probe):
-        parser.error("--eval-only needs --probe FILE, and --probe needs --eval-only")
-    if not all(0 < share <= 1 for share in args.label_fraction):
-        parser.error(f"--label-fraction {args.label_fraction}: each above 0, at most 1")
-    args.label_fraction = sorted({1.0, *args.label_fraction}, reverse=True)
-    args.workers = worker_count(args.workers)
-    for name in ("segments", "views", "seeds", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return args
+    return parse(parser, Config, arguments)[0]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Points for a student's code, by the project's own tests.
+"""Grade a student's code by the project's own tests.
 
     python assignments/grade.py DIR [DIR ...]               the assignment is in DIR/assignment.json
     python assignments/grade.py DIR --assignment 1 --out results.json
 
-Prints the points of each part and writes DIR/results.json, in Gradescope's format. Tests are the
-reference's, never the student's, and each runs in a process and a tree of its own: one that crashes
-or never ends costs its own points only.
+Prints the points of each part and writes DIR/results.json, in Gradescope's format. The tests are
+the reference's, never the student's, and each runs in a process and a tree of its own: a test that
+crashes or never ends costs only its own points. Every part is graded with the project's solutions
+of the other parts, so a mistake in one part costs nothing in the next.
 """
 
 import argparse
@@ -21,22 +22,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for any way to run this file
+from assignments.start import BLANKS, HERE, ROOT, code_files, function_lines
 
 # {assignment: {part: {file in tests/: {test: points}}}}; a test with parameters counts as one.
 POINTS = {
     1: {"a": {"test_masks.py": {
-            "test_what_is_covered_is_the_union_of_a_clips_blocks": 20}},
+            "test_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn": 14,
+            "test_a_block_is_equally_likely_in_every_position": 8,
+            "test_a_block_is_at_least_one_token_and_at_most_the_frame": 4,
+            "test_aspect_ratios_are_those_that_were_asked_for": 4}},
         "b": {"test_masks.py": {
-            "test_all_blocks_of_a_clip_have_one_size_and_lie_where_they_were_drawn": 12,
-            "test_a_block_is_as_likely_in_every_place": 8}},
+            "test_a_mask_is_usable_up_to_exactly_the_tokens_to_keep": 15}},
         "c": {"test_masks.py": {
-            "test_a_mask_is_enough_up_to_exactly_the_tokens_to_keep": 15}},
+            "test_context_and_targets_are_disjoint_sorted_in_range_and_of_exact_size": 10,
+            "test_every_block_spans_all_time": 5,
+            "test_every_token_and_every_pair_of_tokens_is_kept_equally_often": 7,
+            "test_it_gives_up_if_no_try_is_usable": 3}},
         "d": {"test_masks.py": {
-            "test_picked_are_the_tokens_with_the_smallest_words_in_order": 10,
-            "test_every_token_and_every_pair_of_tokens_is_picked_equally_often": 7,
-            "test_context_and_targets_are_disjoint_sorted_in_range_and_of_exact_size": 8}}},
+            "test_a_mask_depends_on_sample_id_and_seed_only": 10}}},
     2: {"a": {"test_model.py": {
             "test_gathered_tokens_are_those_at_each_clips_own_indices": 10}},
         "b": {"test_model.py": {
@@ -54,7 +58,7 @@ POINTS = {
             "test_each_mask_set_has_its_own_mask_token": 7}}},
     3: {"a": {"test_model.py": {
             "test_targets_are_the_target_encoders_normed_features_without_gradients": 14,
-            "test_without_stop_gradient_targets_are_the_encoders_own_and_have_gradients": 6}},
+            "test_features_agree_with_the_release": 6}},
         "b": {"test_model.py": {
             "test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets": 12,
             "test_loss_and_gradients_agree_with_the_release": 8}},
@@ -67,30 +71,30 @@ POINTS = {
             "test_after_a_half_life_half_of_a_weight_is_left": 3},
               "test_model.py": {
             "test_four_training_steps_agree_with_the_release": 4}},
-        "e": {"test_metrics.py": {
+        "e": {"runtime/test_metrics.py": {
             "test_rank_is_that_of_the_features": 11,
-            "test_rank_of_what_is_not_finite_is_no_number": 4}}},
-    4: {"a": {"test_heads.py": {
+            "test_rank_of_features_that_are_not_finite_is_nan": 4}}},
+    4: {"a": {"test_probe.py": {
             "test_attention_weights_are_those_of_multi_head_attention": 15}},
-        "b": {"test_heads.py": {
+        "b": {"test_probe.py": {
             "test_one_query_is_attention_over_all_tokens": 10,
             "test_logits_agree_with_the_release": 5}},
-        "c": {"test_heads.py": {
+        "c": {"runtime/test_metrics.py": {
             "test_a_neighbours_vote_weighs_exp_of_its_cosine_over_0_07": 10,
             "test_nearest_neighbours_vote_and_leave_themselves_out": 10}},
-        "d": {"test_heads.py": {
+        "d": {"test_probe.py": {
             "test_balanced_subsets_take_the_same_share_of_each_class": 10,
             "test_which_clips_are_in_a_balanced_subset_is_up_to_the_generator": 5}},
-        "e": {"test_heads.py": {
+        "e": {"test_probe.py": {
             "test_the_linear_probe_is_where_loss_and_decay_balance": 10,
             "test_the_linear_probe_learns_separable_classes_and_keeps_leading_axes": 5}}},
-    5: {"a": {"test_findings.py": {
+    5: {"a": {"comparisons/test_report.py": {
             "test_means_and_deviations_are_over_the_seeds_of_a_run": 6,
             "test_the_spread_of_a_single_value_is_0": 4}},
-        "b": {"test_findings.py": {
+        "b": {"comparisons/test_report.py": {
             "test_a_claim_is_judged_by_its_difference_against_the_spread": 15,
             "test_a_verdict_begins_with_the_difference": 5}},
-        "c": {"test_ablations.py": {
+        "c": {"comparisons/test_ablations.py": {
             "test_the_learning_rate_with_the_best_validation_accuracy_is_chosen": 6,
             "test_each_run_has_a_learning_rate_of_its_own_trials": 9}},
         "d": {"test_written_report.py": {
@@ -100,9 +104,10 @@ POINTS = {
             "test_the_verdict_is_that_of_the_results": 10}}},
 }
 
-# With forkserver a test's process has these from the start, instead of importing them each time.
-# torch._dynamo is what the first optimizer imports.
-PRELOAD = ["torch", "torch._dynamo", "torch.testing", "pytest", "numpy", "av", "tqdm"]
+# With forkserver a test's process starts with these imported. The first optimizer imports
+# torch._dynamo.
+PRELOAD = ["torch", "torch._dynamo", "torch.testing", "torchvision.transforms.v2", "pytest",
+           "numpy", "av", "tqdm", "PIL.Image"]
 LONGEST_OUTPUT = 4000  # characters of a test's output that are kept
 
 
@@ -112,21 +117,36 @@ class Job(NamedTuple):
     folder: Path
     assignment: int
     parts: tuple = ()
+    limit: float = 60  # seconds per test
 
 
-def build_tree(job, tree):
-    """The student's code beside the reference's tests, in a new folder."""
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+def build_tree(job, part, tree):
+    """Make a folder with the student's solution of one part and the reference's tests."""
+    shutil.copytree(ROOT / "tests", tree / "tests",
+                    ignore=shutil.ignore_patterns("__pycache__", "assignments"))
     for test in (HERE / "tests").glob("*.py"):
         shutil.copyfile(test, tree / "tests" / test.name)
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
     # Only files that the project has: a student's conftest.py or torch.py could fake any result.
-    wanted = [file.name for file in ROOT.glob("*.py")]
+    wanted = code_files()
     if job.assignment == 5:
-        shutil.copyfile(ROOT / "findings.py", tree / "reference_findings.py")
+        shutil.copyfile(ROOT / "comparisons" / "report.py", tree / "reference_report.py")
         wanted += report_files(job.folder)
     for name in wanted:
         copy_inside(job.folder, name, tree)
+    for other, (file, name) in BLANKS[job.assignment].items():
+        if other != part:
+            solve(tree / file, name, (ROOT / file).read_text(encoding="utf-8"))
+
+
+def solve(file, name, reference):
+    """Replace a function in a student's file by the reference's, if the file has it at all."""
+    with suppress(OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
+        source = file.read_text(encoding="utf-8")
+        lines = source.split("\n")
+        solution = reference.split("\n")[function_lines(reference, name)]
+        lines[function_lines(source, name)] = solution
+        file.write_text("\n".join(lines), encoding="utf-8")
 
 
 def report_files(folder):
@@ -151,7 +171,7 @@ def copy_inside(folder, name, tree):
 
 
 class Outcomes:
-    """A pytest plugin that counts. A skipped test is none that passed."""
+    """A pytest plugin that counts outcomes. A skipped test has not passed."""
 
     def __init__(self):
         self.passed, self.others = 0, 0
@@ -165,16 +185,19 @@ class Outcomes:
 
 
 def run_test(tree, node, log, answer):
-    """In a process of its own: run one test in a tree, its output to `log`; send if it passed."""
+    """Run one test in a tree, in a process of its own, and send whether it passed.
+
+    Its output goes to the file `log`.
+    """
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    gc.freeze()  # pytest collects garbage; what was there before is much, and shared
+    gc.freeze()  # pytest collects garbage: spare it the many objects that were imported before
     os.chdir(tree)
     # The reference must not be imported in place of the student's code.
     sys.path[:] = [str(tree), *(path for path in sys.path
                                 if Path(path).resolve() not in (ROOT, HERE, ROOT / "tests"))]
-    ours = {"tests", *(file.stem for file in ROOT.glob("*.py"))}
+    ours = {"tests", *(file.parts[0].removesuffix(".py") for file in code_files())}
     for name in list(sys.modules):
         if name.split(".")[0] in ours:
             del sys.modules[name]
@@ -189,41 +212,41 @@ def run_test(tree, node, log, answer):
     answer.send(code == 0 and outcomes.passed > 0 and outcomes.others == 0)
 
 
-def grade_test(context, job, file, test, limit):
-    """-> whether it passed, and its output."""
+def grade_test(context, job, part, file, test):
+    """Run one test in a new process: -> whether it passed, and its output."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        # A new tree for each test: student code could change the tests for the next.
+        # A new tree for each test, because student code could change the next one's.
         tree, log = Path(temporary).resolve() / "tree", Path(temporary, "output.txt")
-        build_tree(job, tree)
+        build_tree(job, part, tree)
         answer, theirs = context.Pipe(duplex=False)
         process = context.Process(target=run_test, args=(tree, f"tests/{file}::{test}", log,
                                                          theirs), daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
-        passed, end = False, f"stopped after {limit:g} s"
+        passed, end = False, f"stopped after {job.limit:g} s"
         try:
-            if answer.poll(limit):
+            if answer.poll(job.limit):
                 passed, end = answer.recv() is True, ""
         except EOFError:
             process.join()
-            end = f"the process ended by itself, with exit code {process.exitcode}"
+            end = f"the process ended early, with exit code {process.exitcode}"
         process.kill()
         process.join()
         output = log.read_text(errors="replace") if log.exists() else ""
         return passed, (output[-LONGEST_OUTPUT:] + end).strip()
 
 
-def grade(jobs, limit=60, workers=None):
-    """Grade several folders, tests side by side -> a result in Gradescope's format for each job."""
+def grade(jobs, workers=None):
+    """Grade several folders, tests side by side -> a result in Gradescope's format per job."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(PRELOAD)
-        first = context.Process(target=int)  # its start waits until all is imported
+        first = context.Process(target=int)  # starts when everything is imported
         first.start()
         first.join()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        waiting = [[(part, test, points, pool.submit(grade_test, context, job, file, test, limit))
+        waiting = [[(part, test, points, pool.submit(grade_test, context, job, part, file, test))
                     for part, files in POINTS[job.assignment].items()
                     if part in (job.parts or POINTS[job.assignment])
                     for file, tests in files.items() for test, points in tests.items()]
@@ -232,7 +255,7 @@ def grade(jobs, limit=60, workers=None):
 
 
 def result_of(tests):
-    """[(part, test, points, future of (passed, output))] -> dict as Gradescope reads it."""
+    """[(part, test, points, future of (passed, output))] -> dict in Gradescope's format."""
     entries = []
     for part, test, points, future in tests:
         passed, output = future.result()
@@ -243,7 +266,7 @@ def result_of(tests):
 
 
 def points_by_part(result):
-    """{part: [points, points at most]}."""
+    """{part: [points, maximum]}."""
     parts = {}
     for entry in result["tests"]:
         points = parts.setdefault(entry["name"].split(":")[0], [0, 0])
@@ -253,24 +276,24 @@ def points_by_part(result):
 
 
 def show(job, result):
-    """Print the points of each part, and which tests failed."""
-    most = sum(entry["max_score"] for entry in result["tests"])
-    print(f"{job.folder}: assignment {job.assignment}, {result['score']} of {most} points")
-    for part, (points, at_most) in points_by_part(result).items():
-        print(f"  part {part}  {points:2} of {at_most}")
+    """Print the points of each part and the tests that failed."""
+    maximum = sum(entry["max_score"] for entry in result["tests"])
+    print(f"{job.folder}: assignment {job.assignment}, {result['score']} of {maximum} points")
+    for part, (points, maximum) in points_by_part(result).items():
+        print(f"  part {part}  {points:2} of {maximum}")
         for entry in result["tests"]:
             if entry["name"].startswith(part) and entry["status"] == "failed":
                 print(f"          failed: {entry['name'][3:]}")
 
 
 def assignment_of(folder):
-    """The number that start.py left in a starter."""
+    """The number that start.py wrote into a starter."""
     try:
         number = json.loads((folder / "assignment.json").read_text())["assignment"]
     except (OSError, ValueError, KeyError, TypeError):
         number = None
     if number not in list(POINTS):
-        raise ValueError(f"{folder}/assignment.json names no assignment: pass --assignment")
+        raise ValueError(f"{folder}/assignment.json does not name an assignment: pass --assignment")
     return number
 
 
@@ -281,15 +304,16 @@ def main(arguments=None):
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a student's code")
     parser.add_argument("--assignment", type=int, choices=POINTS)
     parser.add_argument("--out", type=Path, help="instead of DIR/results.json; for a single DIR")
-    parser.add_argument("--limit", type=float, default=60, help="seconds that a test may take (60)")
+    parser.add_argument("--limit", type=float, default=60, help="seconds per test (60)")
     args = parser.parse_args(arguments)
     if args.out and len(args.folders) > 1:
-        raise ValueError("--out is one file, for one DIR")
+        raise ValueError("--out names one file: grade a single DIR with it")
     for folder in args.folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder")
-    jobs = [Job(folder, args.assignment or assignment_of(folder)) for folder in args.folders]
-    for job, result in zip(jobs, grade(jobs, args.limit), strict=True):
+            raise ValueError(f"{folder} is not a folder")
+    jobs = [Job(folder, args.assignment or assignment_of(folder), limit=args.limit)
+            for folder in args.folders]
+    for job, result in zip(jobs, grade(jobs), strict=True):
         show(job, result)
         out = args.out or job.folder / "results.json"
         if out.is_symlink():  # a student's link could lead anywhere

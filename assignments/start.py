@@ -1,9 +1,9 @@
-"""A student's starter tree: the project, with the functions of one assignment left to write.
+"""Write a student's starter: the project without the solutions of one assignment.
 
     python assignments/start.py 1 DIR
 
-In the files nothing marks what is taken out: the table below says it. A function keeps its
-decorators, signature and docstring.
+Nothing in the files marks what was removed; BLANKS below lists it. The functions keep their
+decorators, signatures and docstrings.
 """
 
 import argparse
@@ -18,48 +18,65 @@ ROOT = HERE.parent
 
 # {assignment: {part: (file, function or Class.method)}}
 BLANKS = {
-    1: {"a": ("masks.py", "cover"),
-        "b": ("masks.py", "MultiBlockMask.draw_frames"),
-        "c": ("masks.py", "MultiBlockMask.is_enough"),
-        "d": ("masks.py", "pick")},
+    1: {"a": ("masks.py", "MultiBlockMask.sample_blocks"),
+        "b": ("masks.py", "MultiBlockMask.is_usable"),
+        "c": ("masks.py", "MultiBlockMask.sample_clip"),
+        "d": ("masks.py", "MultiBlockMask.sample")},
     2: {"a": ("model.py", "gather_tokens"),
-        "b": ("model.py", "sincos_positions"),
-        "c": ("model.py", "cut_tubelets"),
+        "b": ("model.py", "sincos_pos_embed"),
+        "c": ("model.py", "patchify"),
         "d": ("model.py", "VisionTransformer.forward"),
         "e": ("model.py", "Predictor.forward")},
     3: {"a": ("model.py", "VJEPA.targets"),
-        "b": ("model.py", "VJEPA.loss"),
+        "b": ("model.py", "VJEPA.forward"),
         "c": ("ema.py", "momentum_at"),
         "d": ("ema.py", "update"),
-        "e": ("metrics.py", "rankme")},
-    4: {"a": ("heads.py", "CrossAttention.weights"),
-        "b": ("heads.py", "CrossAttention.forward"),
-        "c": ("heads.py", "knn_votes"),
-        "d": ("heads.py", "balanced_subset"),
-        "e": ("heads.py", "fit_linear")},
-    5: {"a": ("findings.py", "mean_and_spread"),
-        "b": ("findings.py", "verdict"),
-        "c": ("ablations.py", "choose_rates")},  # part d is a report, not code
+        "e": ("runtime/metrics.py", "rankme")},
+    4: {"a": ("probe.py", "CrossAttention.weights"),
+        "b": ("probe.py", "CrossAttention.forward"),
+        "c": ("runtime/metrics.py", "knn_votes"),
+        "d": ("probe.py", "balanced_subset"),
+        "e": ("probe.py", "fit_linear")},
+    5: {"a": ("comparisons/report.py", "mean_and_spread"),
+        "b": ("comparisons/report.py", "verdict"),
+        "c": ("comparisons/ablations.py", "choose_rates")},  # part d is a report, not code
 }
 HANDOUTS = {1: "1-masks.md", 2: "2-model.md", 3: "3-objective.md", 4: "4-evaluation.md",
             5: "5-study.md"}
-EXAMPLES = {5: "example"}  # folders that go along
+EXAMPLES = {5: "example"}  # folders that are copied along
+
+
+def code_files():
+    """The project's code without tests and assignments: sorted paths, relative to ROOT."""
+    packages = [file.parent for file in ROOT.glob("*/__init__.py")]
+    files = [file for folder in packages for file in folder.rglob("*.py")]
+    return sorted(file.relative_to(ROOT) for file in [*ROOT.glob("*.py"), *files])
 
 
 def find(source, name):
-    """The syntax tree of function "f" or "Class.f" in a file's text."""
+    """The syntax tree of the function "f" or "Class.f" in a file's text.
+
+    Raises SyntaxError if the text does not parse, LookupError if it has no such function.
+    """
     node = ast.parse(source)
     for part in name.split("."):
-        node = next(child for child in node.body if getattr(child, "name", None) == part)
+        node = [child for child in node.body if getattr(child, "name", None) == part][0]
     return node
 
 
+def function_lines(source, name):
+    """Where a function is, with its decorators: slice of the text's lines."""
+    node = find(source, name)
+    return slice(min(n.lineno for n in [node, *node.decorator_list]) - 1, node.end_lineno)
+
+
 def body_lines(source, name):
-    """Where a function's body stands, without its docstring: slice of the text's lines."""
+    """Where a function's body is, without its docstring: slice of the text's lines."""
     node = find(source, name)
     if ast.get_docstring(node) is None:
         raise ValueError(f"{name} has no docstring, so nothing would say what to write")
-    # From the docstring's end on, as a comment above the first statement belongs to the solution.
+    # From the end of the docstring, because a comment above the first statement is part of the
+    # solution.
     return slice(node.body[0].end_lineno, node.end_lineno)
 
 
@@ -72,18 +89,17 @@ def blank(source, name, message):
 
 
 def start(number, folder):
-    """Write assignment `number`'s starter into a folder, which must be new or empty."""
+    """Write the starter of assignment `number` into a folder, which must be new or empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder")
-    # What lies in the project is looked up first, as the folder may be inside of it.
-    files = [ROOT / name for name in ("requirements.txt", "pyproject.toml", "LICENSE", "README.md")]
-    files += sorted(ROOT.glob("*.py"))
-    folder.mkdir(parents=True, exist_ok=True)
+    files = [*code_files(), *map(Path, ("requirements.txt", "pyproject.toml", "LICENSE",
+                                        "README.md"))]
     for file in files:
-        shutil.copyfile(file, folder / file.name)
-    # The assignments' own test has half-right solutions in it.
-    hidden = shutil.ignore_patterns("__pycache__", ".*", "test_assignments.py")
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, folder / file)
+    # The tests of the assignments contain half-right solutions.
+    hidden = shutil.ignore_patterns("__pycache__", ".*", "assignments")
     for name in ("tests", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=hidden)
@@ -98,7 +114,7 @@ def start(number, folder):
 
 
 def main(arguments=None):
-    """Write a starter tree, and say what is left to write."""
+    """Write a starter and list what is left to write."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assignment", type=int, choices=BLANKS)

@@ -1,4 +1,4 @@
-"""How the tests start runs, and what they look at afterwards."""
+"""How the tests start training runs, and how they inspect them afterwards."""
 
 import csv
 import math
@@ -17,14 +17,14 @@ import torch
 
 import ema
 import train
-from synthetic import Synthetic
+from video.synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
 FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --num-heads 2 "
-        "--predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 6 --meter-clips 8 "
-        "--meter-every 3 --save-every 2 --device cpu --workers 0").split()
+        "--predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 6 --eval-clips 8 "
+        "--eval-every 3 --save-every 2 --device cpu --workers 0").split()
 
-# Its children have imported torch before they start. They do not inherit what torch has begun here.
+# Processes start from a server that has imported torch but not run anything.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "matplotlib.figure",
                                "torch._dynamo"])  # which the first optimizer imports
@@ -40,7 +40,7 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def send_signal(step, rank, name):
-    """Have this process send itself a signal in a step, if it is the one meant, and only once."""
+    """Make this process send itself a signal in a step, once, if it has this rank."""
     update, steps = ema.update, []
 
     def update_or_die(*arguments):
@@ -53,23 +53,23 @@ def send_signal(step, rank, name):
 
 
 def signalled(folder, step, rank, name):
-    """A script that is train.py, but for the signal that process `rank` gets in a step."""
+    """A script that runs train.py and sends process `rank` a signal in a step."""
     script = folder / "signalled.py"
     script.write_text(SIGNALLED.format(root=str(ROOT), step=step, rank=rank, name=name))
     return script
 
 
-def spoil_clips(numbers, patch=None):
-    """Have the clips of these sample numbers hold a NaN."""
-    get = Synthetic.__getitems__
+def spoil_clips(sample_ids, patch=None):
+    """Put a NaN into the training clips with these sample ids."""
+    original = Synthetic.batch
 
     def spoiled(self, wanted):
-        batch = get(self, wanted)
-        for clip, number in zip(batch[0], batch[1].tolist(), strict=True):
-            if self.split == "train" and number in numbers:
+        batch = original(self, wanted)
+        for clip, sample_id in zip(batch.clips, batch.sample_ids.tolist(), strict=True):
+            if self.split == "train" and sample_id in sample_ids:
                 clip[0, 0, 0, 0] = math.nan
         return batch
-    (patch or pytest.MonkeyPatch()).setattr(Synthetic, "__getitems__", spoiled)
+    (patch or pytest.MonkeyPatch()).setattr(Synthetic, "batch", spoiled)
 
 
 def command(*flags, processes=1, script=ROOT / "train.py", restarts=0):
@@ -108,7 +108,7 @@ def in_child(folder, flags, environment, first, output):
 
 
 def start(folder, *flags, environment=(), first=None, output=("output.txt", "output.txt")):
-    """Start a run in another process, which calls `first` before; -> its Process."""
+    """Start a run in another process, which first calls `first`; returns the process."""
     process = SERVER.Process(target=in_child,
                              args=(folder, flags, dict(environment), first, output))
     process.start()
@@ -116,9 +116,9 @@ def start(folder, *flags, environment=(), first=None, output=("output.txt", "out
 
 
 def together(folder, *flags, processes=2, first=None):
-    """A run of several processes, as torchrun would start them; -> exit codes, output.
+    """Run on several processes, as torchrun would start them; returns exit codes and output.
 
-    Quicker, as they need not import torch first.
+    It is faster than torchrun, because the processes need not import torch first.
     """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -144,7 +144,7 @@ def metrics(folder, name):
         return list(csv.DictReader(file))
 
 
-def newest(folder, name):
+def latest(folder, name):
     files = sorted((folder / "runs" / name).glob("checkpoint-*.pt"))
     return torch.load(files[-1], weights_only=True)
 

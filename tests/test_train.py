@@ -1,15 +1,17 @@
 import math
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-import baselines
 import ema
-import hardware
 import train
-from data import DataError
-from tests.runs import (FAST, metrics, newest, run, same, same_losses, send_signal, signalled,
+from runtime import checkpoint
+from runtime.session import sample_ids
+from video.decode import DataError
+from tests.runs import (FAST, metrics, latest, run, same, same_losses, send_signal, signalled,
                         spoil_clips, together, train_here)
 
 
@@ -33,10 +35,10 @@ def test_a_run_leaves_metrics_curves_configuration_and_the_last_two_checkpoints(
 
 
 def test_a_finished_run_is_not_trained_further(uninterrupted):
-    before = newest(uninterrupted, "whole")
+    before = latest(uninterrupted, "whole")
     result = run(uninterrupted, "--name", "whole")
     assert result.returncode == 0 and "resumed after step 6" in result.stdout
-    assert same(newest(uninterrupted, "whole"), before)
+    assert same(latest(uninterrupted, "whole"), before)
 
 
 def test_another_configuration_for_a_run_is_an_error_and_restart_keeps_the_old(
@@ -50,8 +52,8 @@ def test_another_configuration_for_a_run_is_an_error_and_restart_keeps_the_old(
         go("whole", "--lr", "0.5")
     go("again", "--steps", "1")
     go("again", "--steps", "2", "--restart")
-    assert newest(uninterrupted, "again")["step"] == 2
-    assert newest(uninterrupted, "again.old1")["step"] == 1
+    assert latest(uninterrupted, "again")["step"] == 2
+    assert latest(uninterrupted, "again.old1")["step"] == 1
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +76,6 @@ def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path
     same_losses(metrics(tmp_path, "split"), metrics(uninterrupted, "whole"))
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch cannot, on a CPU")
-def test_a_sharded_run_and_a_whole_one_go_on_from_each_other(uninterrupted, tmp_path):
-    for name, first in (("to-whole", 2), ("to-shards", 1)):
-        # A signal in the third step: the fourth is the last of the first kind.
-        for processes in (first, 3 - first):
-            signals = partial(send_signal, 3, 0, "SIGTERM") if processes == first else None
-            flags = ["--shard", "--micro-batch", "1"] if processes == 2 else []
-            codes, output = together(tmp_path, "--name", name, *flags, processes=processes,
-                                     first=signals)
-            assert set(codes) == {143 if signals else 0}, output
-            assert newest(tmp_path, name)["step"] == (4 if processes == first else 6)
-        same_losses(metrics(tmp_path, name), metrics(uninterrupted, "whole"))
-
-
 def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
     script = signalled(tmp_path, step=5, rank=1, name="SIGKILL")
     result = run(tmp_path, "--name", "killed", "--restart", processes=2, script=script, restarts=3)
@@ -95,53 +83,50 @@ def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
     assert "resumed after step 4" in result.stdout
     assert not (tmp_path / "runs/killed.old1").exists()
     assert metrics(tmp_path, "killed") == metrics(two_processes, "two")
-    assert same(newest(tmp_path, "killed"), newest(two_processes, "two"))
+    assert same(latest(tmp_path, "killed"), latest(two_processes, "two"))
 
 
 def test_all_processes_stop_at_the_same_step_if_one_gets_a_signal(tmp_path):
     codes, output = together(tmp_path, "--name", "run", first=partial(send_signal, 3, 1, "SIGTERM"))
     assert codes == [143, 143]
     # The signal came after the third step's exchange, so that the fourth is the last.
-    assert "stopped after step 4; the same command goes on from there" in output
-    assert newest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
+    assert "stopped after step 4; the same command continues from there" in output
+    assert latest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
     spoil_clips({9}, monkeypatch)
     momenta = []
     monkeypatch.setattr(ema, "update", lambda *arguments: momenta.append(arguments[2]))
-    train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--meter-every", "100")
+    train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--eval-every", "100")
     rows = metrics(tmp_path, "run")
     assert [row["skipped"] for row in rows] == ["0", "0", "1", "1", "1", "1"]
     assert [math.isfinite(float(row["loss"])) for row in rows] == [1, 1, 0, 1, 1, 1]
     assert len(momenta) == 5
-    saved = newest(tmp_path, "run")
+    saved = latest(tmp_path, "run")
     assert saved["skipped"] == 1 and saved["opt"]["state"][0]["step"] == 5
     error = capsys.readouterr().err
     assert "step 3 skipped: loss nan" in error and "; samples 8 to 9\n" in error
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch, capsys):
-    clip, calls = hardware.clip_gradients, []
+    clip, calls = train.clip_grad_norm_, []
 
-    def clip_gradients(network, limit):
-        calls.append(network)
-        return clip(network, limit) * (math.inf if len(calls) == 4 else 1)
-    monkeypatch.setattr(hardware, "clip_gradients", clip_gradients)
+    def clip_grad_norm(parameters, limit):
+        calls.append(limit)
+        return clip(parameters, limit) * (math.inf if len(calls) == 4 else 1)
+    monkeypatch.setattr(train, "clip_grad_norm_", clip_grad_norm)
     train_here(tmp_path, monkeypatch)
     assert [row["skipped"] for row in metrics(tmp_path, "run")] == list("011111")
     assert "and inf; samples 4 to 7\n" in capsys.readouterr().err
 
 
-def test_ten_such_steps_in_a_row_stop_the_run_and_dump_a_batch(tmp_path, monkeypatch):
+def test_ten_such_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoil_clips(range(20, 1000), monkeypatch)
     with pytest.raises(FloatingPointError, match="10 steps in a row skipped, the last 15, "):
-        train_here(tmp_path, monkeypatch, "--steps", "40", "--meter-every", "100")
+        train_here(tmp_path, monkeypatch, "--steps", "40", "--eval-every", "100")
     assert [row["skipped"] for row in metrics(tmp_path, "run")][-1] == "10"
-    dump = torch.load(tmp_path / "runs/run/nonfinite.pt", weights_only=True)
-    assert dump["step"] == 15 and dump["numbers"] == [56, 57, 58, 59]
-    assert dump["clips"].isnan().any() and len(dump["masks"]) == 2
-    assert newest(tmp_path, "run")["opt"]["state"][0]["step"] == 5
+    assert latest(tmp_path, "run")["opt"]["state"][0]["step"] == 5
 
 
 def test_processes_skip_the_same_step(tmp_path):
@@ -157,10 +142,27 @@ def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
     for line in ("device      cpu, fp32, activations checkpointed, 1 process(es)\n",
                  "batch       4 clips = 1 processes x 2 x 2\n",
                  "steps       6, warm-up 1, peak learning rate 0.001\n",
-                 "tokens      32 (2, 4, 4) a clip; masked 81% and 94%, mean 88%; "
+                 "tokens      32 (2, 4, 4) per clip; masked 81% and 94%, mean 88%; "
                  "context -> targets 6 -> 16, 2 -> 22\n", "parameters  encoder", "memory      ",
                  "data wait "):
         assert line in says
+
+
+@pytest.mark.parametrize("world_size, micro_batch", [(1, 12), (1, 3), (2, 6), (4, 1), (3, 2)])
+def test_processes_take_every_sample_id_once(world_size, micro_batch):
+    accumulation = 12 // world_size // micro_batch
+    taken = [i for step in range(5) for part in range(accumulation) for rank in range(world_size)
+             for i in sample_ids(step, part, 12, rank, world_size, micro_batch)]
+    assert taken == list(range(60))
+
+
+def test_a_run_is_started_from_python(tmp_path, monkeypatch):
+    config, *_ = train.parse_args(FAST)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(replace(config, steps=1), "elsewhere/mine") == Path("elsewhere/mine")
+    assert checkpoint.load_checkpoint("elsewhere/mine")["step"] == 1
+    with pytest.raises(ValueError, match="--lr 0 must be above 0"):
+        train.main(replace(config, lr=0), "elsewhere/mine")
 
 
 def test_schedules_start_peak_and_end_where_they_should():
@@ -181,9 +183,9 @@ def test_published_presets_have_the_published_values():
 
 def test_biases_and_norms_do_not_decay():
     config, _, _ = train.parse_args(FAST)
-    model = baselines.build(config)[0]
+    model = train.build(config)[0]
     optimizer = train.build_optimizer(model, config)
-    train.set_schedules(optimizer, 0.1, 0.3)
+    train.set_hyperparameters(optimizer, 0.1, 0.3)
     decayed, plain = optimizer.param_groups
     assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
     assert all(p.ndim == 1 for p in plain["params"])
@@ -220,12 +222,16 @@ def test_bad_input_is_one_clear_line(flags, code, says, tmp_path):
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--preset", "huge"], "invalid choice: 'huge'"), (["--steps", "many"], "--steps")])
-def test_flags_that_cannot_be_are_refused(flags, says, capsys):
+@pytest.mark.parametrize("flags", [
+    ["--preset", "huge"], ["--steps", "many"], ["--steps", "0"], ["--lr", "nan"],
+    ["--momentum-start", "1.5"], ["--momentum-schedule", "steep"], ["--precision", "fp8"],
+    ["--compile", "yes"], ["--method", "simclr"], ["--masking", "spots"], ["--log", "paper"],
+    ["--name", "../elsewhere"], ["--name", ".."], ["--spatial-scale", "0.15", "inf"]])
+def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.parse_args(flags)
-    assert says in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert flags[0] in error.splitlines()[-1] and error.count("\n") == 2
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -233,20 +239,16 @@ def test_flags_that_cannot_be_are_refused(flags, says, capsys):
     (["--micro-batch", "3"], "--micro-batch 3 does not divide"),
     (["--context-ratio", "0.2"], "--context-ratio"),
     (["--num-blocks", "8", "40"], "num_blocks"),
-    (["--momentum-schedule", "steep"], "steep"),
     (["--data", "."], "no "),
     (["--device", "cuda"], "--device cuda"),
-    (["--precision", "fp8"], "--precision fp8"),
-    (["--compile", "yes"], "--compile yes"),
-    (["--compile", "on", "--mask-truncate", "batch"], "--compile on needs fixed shapes"),
-    (["--shard"], "--shard is for several processes"),
+    (["--compile", "on", "--masking", "multi-block-truncated"], "--compile on needs fixed shapes"),
 ])
-def test_what_cannot_work_is_an_error_before_training(flags, says, tmp_path, monkeypatch):
+def test_an_impossible_run_is_an_error_before_training(flags, says, tmp_path, monkeypatch):
     if flags == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has the device that is said to be missing")
     with pytest.raises((ValueError, DataError), match=says) as raised:
         train_here(tmp_path, monkeypatch, *flags)
-    assert "\n" not in str(raised.value) and not list(tmp_path.rglob("checkpoint*"))
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path):
@@ -257,7 +259,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path):
 def test_a_checkpoint_of_other_shapes_in_the_way_is_an_error(uninterrupted, tmp_path):
     folder = tmp_path / "runs/odd"
     folder.mkdir(parents=True)
-    checkpoint = newest(uninterrupted, "whole")
+    checkpoint = latest(uninterrupted, "whole")
     checkpoint["encoder"]["norm.weight"] = torch.ones(7)
     torch.save(checkpoint, folder / "checkpoint-0000006.pt")
     result = run(tmp_path, "--name", "odd")

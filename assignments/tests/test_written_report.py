@@ -1,13 +1,13 @@
 """Assignment 5, part d: report.json agrees with the results that it names.
 
-grade.py runs this beside the student's report. reference_findings is findings.py as it is in the
-project, so that a student's own arithmetic does not judge itself.
+grade.py runs this beside the student's report. reference_report is the project's own
+comparisons/report.py, so that a student's arithmetic does not judge itself.
 """
 
 import json
 
 import pytest
-import reference_findings as findings
+from reference_report import mean_and_spread, read, verdict
 
 TEXTS = ("claim", "prediction", "better", "worse", "results", "column", "verdict", "explanation")
 
@@ -20,8 +20,8 @@ def report():
 
 @pytest.fixture
 def values(report):
-    """Of both runs, the value of each seed in the column that the report names."""
-    runs = findings.read(report["results"])
+    """The value of each seed of both runs, in the column that the report names."""
+    runs = read(report["results"])
     return [runs[report[side]][report["column"]] for side in ("better", "worse")]
 
 
@@ -35,17 +35,17 @@ def test_the_report_has_every_entry_and_words_enough(report):
 
 def test_both_runs_were_trained_with_three_seeds_or_more(report, values):
     assert report["better"] != report["worse"]
-    runs = findings.read(report["results"])
+    runs = read(report["results"])
     for side, accuracies in zip(("better", "worse"), values, strict=True):
         seeds = runs[report[side]]["seed"]
         assert len(set(seeds)) >= 3, f"{report[side]}: {len(set(seeds))} seeds"
-        assert len(seeds) == len(set(seeds)) == len(accuracies), f"{report[side]}: a value a seed"
+        assert len(seeds) == len(set(seeds)) == len(accuracies), "one value per seed"
 
 
 def test_the_difference_is_that_of_the_results(report, values):
-    better, worse = (findings.mean_and_spread(accuracies)[0] for accuracies in values)
+    better, worse = (mean_and_spread(accuracies)[0] for accuracies in values)
     assert report["difference"] == pytest.approx(better - worse, abs=1e-6)
 
 
 def test_the_verdict_is_that_of_the_results(report, values):
-    assert report["verdict"] == findings.verdict(*values).split(" ", 1)[1]
+    assert report["verdict"] == verdict(*values).split(" ", 1)[1]

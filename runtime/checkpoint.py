@@ -1,0 +1,150 @@
+"""A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit.
+
+checkpoint-STEP.pt holds the networks, optimizer, gradient scaler, step, skipped steps,
+configuration and code version. It needs no random states: clips and masks are functions of (seed,
+sample id), and train.py seeds torch once per step.
+"""
+
+import copy
+import hashlib
+import os
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from runtime.distributed import all_gather
+from runtime.weights import CheckpointError, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_version():
+    """12 hexadecimal digits that change with any Python file that training or probing can import.
+
+    That is every *.py at the root and in runtime/, video/ and comparisons/, new ones too.
+    """
+    digest = hashlib.sha256()
+    for folder in (ROOT, ROOT / "runtime", ROOT / "video", ROOT / "comparisons"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+CODE_VERSION = code_version()  # at the start: files may be edited while a run goes on
+
+
+def prepare_run_dir(run_dir, restart):
+    """Make a run's folder and remove half-written files; restart: rename the old folder first.
+
+    Raises CheckpointError if the folder cannot be written.
+    """
+    try:
+        if restart and run_dir.exists():
+            names = (Path(f"{run_dir}.old{i}") for i in range(1, 1000))
+            run_dir.rename(next(path for path in names if not path.exists()))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "trial.tmp").touch()
+        for path in run_dir.glob("*.tmp"):
+            path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: cannot be written ({error.strerror})") from None
+
+
+def _sync(path):
+    """Make the operating system write a file, or the list of names in a folder, to the disk."""
+    if os.name == "posix" and path.exists():
+        os.fsync(descriptor := os.open(path, os.O_RDONLY))
+        os.close(descriptor)
+
+
+def save(run_dir, step, config, model, optimizer, scaler, skips):
+    """Write run_dir/checkpoint-STEP.pt and keep the one before it. Only the first process writes.
+
+    The file is written under another name, synced to the disk and then renamed, which is atomic:
+    a crash leaves either all of it or none. Raises CheckpointError, for example if the disk is
+    full.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    state = {name: network.state_dict() for name, network in model.named_children()}
+    state |= {"opt": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+              "skipped": skips.total, "consecutive_skips": skips.consecutive,
+              "num_heads": config.num_heads, "probed_network": model.probed_network,
+              "config": asdict(config), "code": CODE_VERSION}
+    path = run_dir / f"checkpoint-{step:07d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        _sync(run_dir / "metrics.csv")  # a power cut must not leave it older than the checkpoint
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync(run_dir)
+    except (OSError, RuntimeError) as error:  # torch wraps some errors of files
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not written ({reason}); the same command continues from "
+                              "the checkpoint before") from None
+    files = sorted(run_dir.glob("checkpoint-*.pt"))
+    for file in set(files) - set(files[:files.index(path) + 1][-2:]):  # older, or later but corrupt
+        file.unlink()
+
+
+def _damage(path):
+    """Why a checkpoint cannot be read, or None. torch.load does not verify checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            corrupt = file.testzip()
+        return corrupt and f"wrong checksum of {corrupt}"
+    except Exception as error:  # corrupt files make zipfile raise all sorts of exceptions
+        return str(error) or type(error).__name__
+
+
+def latest(run_dir, config, may_change, quiet=False):
+    """The dict of a run's latest readable checkpoint, or None if there is no checkpoint yet.
+
+    may_change: names of the fields of config that may differ; quiet: print no notes. Raises
+    CheckpointError if no checkpoint is readable, or if it contains code; ValueError if the run has
+    another configuration.
+    """
+    paths = sorted(run_dir.glob("checkpoint-*.pt"), reverse=True)
+    for path, previous in zip(paths, [*paths, None][1:], strict=True):
+        if not (reason := _damage(path)):
+            break
+        if not previous:
+            raise CheckpointError(f"{path}: not readable ({reason}), and there is no other: "
+                                  "--restart starts over")
+        if not quiet:
+            print(f"{path}: not readable ({reason}); continuing from {previous.name}",
+                  file=sys.stderr)
+    if len(names := set(all_gather(path.name if paths else None))) > 1:
+        raise CheckpointError(f"{run_dir}: processes see different checkpoints, {names}: runs/ "
+                              "must be a folder that all machines share")
+    if not paths:
+        return None
+    saved = load_checkpoint(path)
+    # A field that was added to the code since then had its default.
+    new, old = asdict(config), asdict(type(config)()) | saved.get("config", {})
+    differing = [f"{name} {old[name]}, not {new[name]}"
+                 for name in new if name not in may_change and old[name] != new[name]]
+    if differing:
+        raise ValueError(f"{run_dir} was made with {'; '.join(differing)}: pass another --name, or "
+                         "--restart to start over")
+    if saved.get("code") != CODE_VERSION and not quiet:
+        print(f"note: {path.name} was written by another version of the code", file=sys.stderr)
+    return saved
+
+
+def restore(saved, optimizer, scaler, skips):
+    """Load optimizer, scaler and skipped steps from a checkpoint's dict, in place."""
+    state = copy.deepcopy(saved["opt"])  # its tensors are views of the file, which will be deleted
+    for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        old["fused"] = new["fused"]  # depends on the device, which may be another one now
+    optimizer.load_state_dict(state)
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    skips.total, skips.consecutive = saved["skipped"], saved["consecutive_skips"]

@@ -1,0 +1,171 @@
+"""Devices, processes and precision: one process per GPU, each with the whole model (DDP).
+
+None of this changes what is computed: 1, 2 or 4 processes with the same global batch take the same
+steps, and so do compiled blocks and checkpointed activations.
+"""
+
+import inspect
+import os
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from model import Block
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name):
+    """--device -> torch.device; auto: the best there is. Raises ValueError if it is missing."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    found.append("cpu")
+    if name not in ("auto", *found):
+        raise ValueError(f"--device {name} is not available (found: {', '.join(found)})")
+    return torch.device(found[0] if name == "auto" else name)
+
+
+def setup_device(name):
+    """--device -> (rank, world_size, device) of this process, as torchrun started it.
+
+    Raises ValueError if the device is missing, or if there are fewer GPUs than processes.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(name)
+    if device.type == "cuda" and world_size > 1:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"no GPU for process {local_rank} of this machine, which has "
+                             f"{torch.cuda.device_count()}: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return rank, world_size, device
+
+
+def init_process_group(device):
+    """Initialise the process group of torchrun's processes."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives the processes: those restarted must not find the addresses of the
+    # dead ones in it. Only on a single machine do all processes count restarts alike.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world_size)
+
+
+def split_batch(batch_size, micro_batch, world_size):
+    """A process's share of a step -> (clips per forward pass, number of forward passes).
+
+    micro_batch: at most so many clips per forward pass; 0: the whole share. Raises ValueError.
+    """
+    share, rest = divmod(batch_size, world_size)
+    if rest:
+        raise ValueError(f"--batch-size {batch_size} is not divisible by {world_size} processes")
+    micro_batch = min(micro_batch or share, share)
+    if share % micro_batch:
+        raise ValueError(f"--micro-batch {micro_batch} does not divide the {share} clips that each "
+                         f"of {world_size} processes takes of --batch-size {batch_size}")
+    return micro_batch, share // micro_batch
+
+
+def pick_precision(name, device):
+    """--precision -> fp32, bf16 or fp16; auto: the fastest one in which `device` trains safely.
+
+    Raises ValueError if the device cannot train in it.
+    """
+    if name == "auto" and device.type != "cuda":
+        return "fp32"
+    if name == "auto":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks: "
+                         "use bf16 or fp32")
+    return name
+
+
+def pick_compile(name, device, masking):
+    """--compile -> whether to compile; auto: on CUDA, if shapes are fixed. Raises ValueError."""
+    shapes_vary = masking == "multi-block-truncated"
+    if name == "on" and shapes_vary:
+        raise ValueError(f"--compile on needs fixed shapes, but --masking {masking} varies them")
+    return name == "on" or name == "auto" and device.type == "cuda" and not shapes_vary
+
+
+def compile_blocks(model, num_mask_sets, backend="inductor"):
+    """Compile the transformer blocks of a model, once for every shape that they are called with.
+
+    All blocks share their graphs: one for the target encoder, two for each mask set. That takes
+    seconds, where a graph of the whole loss takes minutes, and works with DDP and activation
+    checkpointing, which act between blocks.
+    """
+    # Beyond this limit, 8 by default, dynamo would run the blocks uncompiled.
+    torch._dynamo.config.cache_size_limit = max(8, 1 + 2 * num_mask_sets)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+
+
+def checkpoint_activations(model):
+    """Keep only the input of each trained block, and run the block again in the backward pass."""
+    for block in model.modules():
+        if isinstance(block, Block) and block.norm1.weight.requires_grad:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def wrap_ddp(model, world_size):
+    """The module to call for the loss: `model` itself, or DDP, which averages its gradients."""
+    if world_size == 1:
+        return model
+    # No static_graph: every weight has a gradient in every step, so it would save nothing, and it
+    # does not support accumulation under no_sync.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
+
+
+def to_device(batch, device):
+    """Move a data.Batch -> clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...]."""
+    return batch.clips.to(device, non_blocking=True), [
+        tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
+
+
+def mean_and_any(values, flags, device):
+    """Means of numbers and logical "or" of flags over all processes, in a single exchange.
+
+    values: floats or scalar tensors; flags: bools -> ([float, ...], [bool, ...]), the same on every
+    process.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
+                        for x in (*(value / world_size for value in values), *flags)])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    sums = sums.tolist()
+    return sums[:len(values)], [count > 0 for count in sums[len(values):]]
+
+
+def all_gather(obj):
+    """A list with every process's obj, which can be anything that pickles."""
+    if not dist.is_initialized():
+        return [obj]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def peak_memory(device):
+    """Most bytes that this process has used so far: on the GPU, or in main memory.
+
+    0 if the operating system does not report it (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,274 @@
+"""Frozen features: each clip is decoded and encoded once, stored, and probed any number of times.
+
+Features are stored in cache/, in one memory-mapped float16 file for each encoder and set of clips.
+The name of a file is a hash of the encoder's weights, the clips, how they are cut and the code, so
+that features of a changed encoder are never reused. Any file there may be deleted at any time.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import Batch, DataError, loader, open_clips
+from model import VJEPA, VisionTransformer, sincos_pos_embed
+from runtime.checkpoint import CODE_VERSION
+from runtime.distributed import pick_device
+from runtime.weights import encoder_sizes, latest_run, load_checkpoint, load_encoder
+
+# Segments spread over a video, and views: crops spread over its longer side (paper, appendix).
+PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
+CACHE = Path("cache")
+PROBE_SEED = 1_000_003  # no pretraining run has it, so synthetic clips are new to every encoder
+
+
+class Features(NamedTuple):
+    """Frozen features of n clips. The segments of a view follow each other among its N tokens."""
+
+    tokens: torch.Tensor  # (n, V, N, D) float16, memory-mapped
+    pooled: torch.Tensor  # (n, V, D) float32: the mean over the tokens
+    labels: dict  # {task: (n,) int64}
+    sample_ids: list  # without those of unreadable clips
+
+
+class OneFrame(nn.Module):
+    """Control: an encoder sees the middle frame of each clip, repeated, and so no motion."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, clips):
+        middle = clips.shape[2] // 2
+        return self.encoder(clips[:, :, middle:middle + 1].expand_as(clips))
+
+
+class FrameByFrame(nn.Module):
+    """An encoder of single frames, applied to every frame of a clip separately.
+
+    Such an encoder does not know a frame's time, so the sine-cosine embedding of the time is added
+    to the tokens; an attentive probe can then distinguish the frames.
+    """
+
+    def __init__(self, encoder, num_frames):
+        super().__init__()
+        self.encoder, self.num_heads = encoder, encoder.num_heads
+        D = encoder.pos_embed.shape[-1]
+        # The first third of the channels encodes time, so take D channels of three times as many.
+        self.register_buffer("times", sincos_pos_embed(3 * D, (num_frames, 1, 1))[:, :D])  # (T, D)
+
+    def forward(self, clips):
+        frames = clips.transpose(1, 2).flatten(0, 1)[:, :, None]  # (B * T, C, 1, H, W)
+        tokens = self.encoder(frames).unflatten(0, (len(clips), -1))  # (B, T, N, D)
+        return (tokens + self.times[:, None]).flatten(1, 2)  # (B, T * N, D)
+
+
+class MotionEnergy(nn.Module):
+    """Pixel baseline: mean |difference of successive frames| in 4 x 8 x 8 cells.
+
+    forward: clips (B, C, T, H, W) -> (B, 1, 256), as if it were a single token.
+    """
+
+    def forward(self, clips):
+        gray = clips.mean(1)  # (B, T, H, W)
+        differences = (gray[:, 1:] - gray[:, :-1]).abs() if gray.shape[1] > 1 else gray * 0
+        return F.adaptive_avg_pool3d(differences, (4, 8, 8)).flatten(1)[:, None]
+
+
+def on_clips(encoder, num_frames):
+    """An encoder for clips of num_frames: itself, or frame by frame if it takes single frames."""
+    return FrameByFrame(encoder, num_frames) if encoder.num_frames == 1 < num_frames else encoder
+
+
+def open_encoder(checkpoint=None, data=None, device="auto", num_heads=None, frame_step=None,
+                 fps=None):
+    """The frozen encoder of a checkpoint, and the clips that it was trained on.
+
+    checkpoint: a file or a run's folder (None: the latest run); the other arguments replace what
+    the checkpoint records, or what a published one does not record. Returns its path; the encoder
+    on its device, for clips of all num_frames; data, a list of paths; and the other arguments of
+    data.open_clips. Raises ValueError or CheckpointError.
+    """
+    device, path = pick_device(device), Path(checkpoint or latest_run())
+    config = load_checkpoint(path).get("config", {})
+    encoder = load_encoder(path, num_heads=num_heads)
+    num_frames = config.get("num_frames", encoder.num_frames)
+    clip = {"num_frames": num_frames, "frame_step": frame_step or config.get("frame_step", 4),
+            "fps": fps or (0.0 if frame_step else config.get("fps", 0.0)),
+            "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": config.get("noise", 0.6),
+            "seed": PROBE_SEED}
+    data = list(data or config.get("data", ["synthetic"]))
+    return path, on_clips(encoder, num_frames).to(device), data, clip
+
+
+def random_init_encoder(path, num_heads=None):
+    """Control: the encoder of a checkpoint as it was before training, drawn as in train.build."""
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.get("config", {})
+    which = checkpoint.get("probed_network", VJEPA.probed_network)
+    sizes = encoder_sizes(checkpoint, which, path, num_heads=num_heads)
+    torch.manual_seed(config.get("seed", 0))
+    encoder = VisionTransformer(**sizes, init_std=config.get("init_std", 0.02) or None)
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, num_workers=0,
+                   title=None):
+    """Yield (data.Batch, [tokens (B, V, S * N, D) float32 of each encoder]), batch by batch.
+
+    encoders: modules from (B, C, T, H, W) to (B, N, D), all on the same device; clips_per_batch:
+    clips that an encoder takes at a time; bad_files: data.BadFiles, which reports unreadable files;
+    title: of the progress bar. On CUDA the encoders run in bfloat16.
+    """
+    device = torch.device(next((p.device for encoder in encoders for p in encoder.parameters()),
+                               "cpu"))
+    samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
+    batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
+    for batch in tqdm(loader(dataset, batches, num_workers), title, len(batches), leave=False,
+                      disable=None):
+        bad_files.report(batch)
+        clips = batch.clips.to(device)
+        clips = clips[:, None, None] if clips.ndim == 5 else clips  # (B, V, S, C, T, H, W)
+        parts = clips.flatten(0, 2).split(clips_per_batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            per_encoder = [torch.cat([encoder(part).float() for part in parts])
+                           for encoder in encoders]  # (B * V * S, N, D) each
+        yield batch, [tokens.unflatten(0, clips.shape[:3]).flatten(2, 3) for tokens in per_encoder]
+
+
+def clips_key(dataset, sample_ids):
+    """A hash of everything that clips and features depend on except the encoder.
+
+    It looks at every file of the dataset, so it is computed once for all encoders.
+    """
+    return hashlib.sha256(f"{dataset.identity()} {list(sample_ids)} {CODE_VERSION}".encode())
+
+
+def key(encoder, clips):
+    """Everything that stored features depend on, as 32 hexadecimal digits; clips: clips_key."""
+    digest = clips.copy()
+    for module in encoder.modules():
+        digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:32]
+
+
+def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_workers=0, title=None,
+           store=CACHE):
+    """Features of the clips with these sample ids by each encoder: [Features, ...].
+
+    Each clip is decoded once for all encoders whose features are not in `store`, a folder; the
+    other arguments as in encode_batches. Raises DataError if no clip is readable, or if the
+    features do not fit on the disk.
+    """
+    sample_ids, folder = list(sample_ids), Path(store)
+    clips = clips_key(dataset, sample_ids)
+    files = [folder / f"{key(encoder, clips)}.npy" for encoder in encoders]
+    missing = [i for i, file in enumerate(files) if not file.with_suffix(".json").exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _store([files[i] for i in missing], encode_batches(
+            [encoders[i] for i in missing], dataset, sample_ids, bad_files, clips_per_batch,
+            num_workers, title), len(sample_ids))
+    results = []
+    for i, file in enumerate(files):
+        note = json.loads(file.with_suffix(".json").read_text())
+        if i not in missing:
+            bad_files.report(Batch(None, note["sample_ids"], note["bad"]))
+        tokens = torch.from_numpy(np.load(file, mmap_mode="c"))[:len(note["sample_ids"])]
+        pooled = torch.cat([part.float().mean(2) for part in tokens.split(64)])
+        results.append(Features(tokens, pooled, dataset.labels(note["sample_ids"]),
+                                note["sample_ids"]))
+    return results
+
+
+def _store(files, batches, capacity):
+    """Write each encoder's tokens to a file, and when all are complete, notes that validate them.
+
+    batches: from encode_batches; capacity: the number of clips, if all are readable.
+    """
+    arrays, kept, bad = [], [], []
+    for batch, per_encoder in batches:
+        bad += batch.bad
+        if not arrays:
+            needed = sum(2 * capacity * math.prod(tokens.shape[1:]) for tokens in per_encoder)
+            free = shutil.disk_usage(files[0].parent).free
+            if needed > free:
+                raise DataError(f"the features need {needed / 1e9:.1f} GB in {files[0].parent}/, "
+                                f"which has {free / 1e9:.1f} GB left: use fewer --segments or "
+                                "clips, or pass a folder on another disk as --cache")
+            arrays = [np.lib.format.open_memmap(file, "w+", np.float16,
+                                                (capacity, *tokens.shape[1:]))
+                      for file, tokens in zip(files, per_encoder, strict=True)]
+        for array, tokens in zip(arrays, per_encoder, strict=True):
+            if len(tokens) and tokens.abs().max() > 65504:
+                raise DataError("features exceed the range of float16: is this encoder trained?")
+            array[len(kept):len(kept) + len(tokens)] = tokens.half().cpu().numpy()
+        kept += batch.sample_ids.tolist()
+    if not kept:
+        raise DataError("none of the clips can be read")
+    for file, array in zip(files, arrays, strict=True):
+        array.flush()
+        note = file.with_suffix(".tmp")
+        note.write_text(json.dumps({"sample_ids": kept, "bad": bad}))
+        os.replace(note, file.with_suffix(".json"))
+
+
+def open_splits(data, split, clip, test_data=None, **protocol):
+    """Labelled clips to train probes on, clips to test them on, and the sample ids of each fold.
+
+    -> (train_set, test_set, [(train_ids, test_ids), ...]). Test clips are those in test_data (a
+    list of paths), or else in the `split` of data, or else in its val split; or else every third
+    group is held out, or every third clip of each class if there are no groups. Split
+    "leave-one-group-out" has a fold for each group. clip: other arguments of data.open_clips;
+    protocol: segments and views, the latter for test clips only. Raises DataError.
+    """
+    def open_split(split, **options):
+        return open_clips(data, **clip, split=split, train=False, **options)
+
+    protocol = {name: count for name, count in protocol.items() if count > 1}
+    centre = {name: count for name, count in protocol.items() if name != "views"}
+    leave_out = split == "leave-one-group-out"
+    train = open_split(None if leave_out or test_data else "train", **centre)
+    if not train.class_names:
+        open_split(None, need_labels=True)  # its DataError names the first clip without a label
+    all_ids = range(len(train))
+    if test_data:
+        test = open_clips(test_data, **clip, train=False, need_labels=True, classes=train.classes,
+                          **protocol)
+        return train, test, [(all_ids, range(len(test)))]
+    if leave_out:
+        if not train.groups:
+            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
+        folds = [([i for i in all_ids if train.groups[i] != group],
+                  [i for i in all_ids if train.groups[i] == group])
+                 for group in sorted(set(train.groups))]
+        return train, open_split(None, **protocol), folds
+    if split not in train.splits and "val" in train.splits:
+        print(f"no '{split}' split in the data: 'val' is used")
+        split = "val"
+    if split in train.splits:
+        test = open_split(split, **protocol)
+        return train, test, [(all_ids, range(len(test)))]
+    print(f"no '{split}' split in the data: every third {'group' if train.groups else 'clip'} is "
+          "held out to test on")
+    if train.groups:
+        held_out = set(sorted(set(train.groups))[::3])
+        test_ids = [i for i in all_ids if train.groups[i] in held_out]
+    else:
+        [labels] = train.labels(all_ids).values()
+        test_ids = labels.argsort(stable=True)[::3].tolist()
+    train_ids = sorted(set(all_ids) - set(test_ids))
+    return train, open_split("train", **protocol), [(train_ids, test_ids)]

@@ -1,0 +1,90 @@
+"""What features are worth, without training anything: spread, rank and k-NN accuracy.
+
+The training loop measures these on a fixed set of clips, because its loss does not tell whether
+anything is learned. probe.py uses the k-NN vote.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def rankme(features):
+    """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values).
+
+    NaN if a feature is not finite.
+    """
+    if not features.isfinite().all():
+        return math.nan
+    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no SVD
+    p = values / values.sum().clamp_min(1e-12) + 1e-12
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def accuracy(predicted, labels):
+    """Fraction of equal entries: (n,), (n,) -> float in 0..1."""
+    return (predicted == labels).float().mean().item()
+
+
+def standardize(train, *others):
+    """Every channel (last axis) to mean 0 and std 1, by the statistics of the first argument."""
+    axes = tuple(range(train.ndim - 1))
+    mean, std = train.mean(axes), train.std(axes) + 1e-6
+    return [(features - mean) / std for features in (train, *others)]
+
+
+def knn_votes(train, labels, test, k=10):
+    """Votes of the k nearest, weighted by exp(cosine / 0.07): (n, D), (n,), (m, D) -> (m, classes).
+
+    If test is the same tensor as train, every clip's own vote is left out.
+    """
+    similarity = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T  # (m, n)
+    if test is train:
+        similarity.fill_diagonal_(-1e9)
+    weight, nearest = similarity.topk(min(k, len(train) - 1), dim=1)  # (m, k)
+    votes = torch.zeros(len(test), int(labels.max()) + 1, device=test.device)
+    return votes.scatter_add_(1, labels[nearest], (weight / 0.07).exp())
+
+
+def knn_predict(train, labels, test, k=10):
+    """The class with the most votes in knn_votes: (n, D), (n,), (m, D) -> (m,)."""
+    return knn_votes(train, labels, test, k).argmax(1)
+
+
+@torch.no_grad()
+def feature_metrics(model, batches):
+    """Is a model learning something, or collapsing? Metrics on a fixed set of clips.
+
+    batches: an iterable of (clips, masks, labels {task: (B,)}) -> floats, of layer-normed features
+    of the probed network: std_clips, std over clips at a position (0: all clips look the same);
+    std_tokens, std over the tokens of a clip (0: all positions look the same); rankme; knn_TASK,
+    k-NN accuracy among these clips; relative_loss, the loss over that of the best prediction that
+    knows nothing but a token's position (1: content is not used; only for methods with targets).
+    """
+    features, targets, losses, labels = [], [], [], {}
+    for clips, masks, batch_labels in batches:
+        tokens = getattr(model, model.probed_network)(clips).float()
+        features.append(F.layer_norm(tokens, tokens.shape[-1:]))
+        if hasattr(model, "targets"):
+            targets.append(model.targets(clips).float())
+            losses.append(model(clips, masks).float())
+        for task, values in batch_labels.items():
+            labels.setdefault(task, []).append(values.to(clips.device))
+    features = torch.cat(features)  # (n, N, D)
+    tokens = features.flatten(0, 1)
+    metrics = {"std_clips": features.std(0).mean().item(),
+               "std_tokens": features.std(1).mean().item(),
+               "rankme": rankme(tokens[::math.ceil(len(tokens) / 4096)])}
+    if targets:
+        targets = torch.cat(targets)  # (n, N, P)
+        # Absolute errors are least for the median of the targets, squared ones for their mean.
+        best = targets.median(0).values if model.loss_fn is F.l1_loss else targets.mean(0)
+        baseline = model.loss_fn(best.expand_as(targets), targets)
+        metrics["relative_loss"] = (torch.stack(losses).mean() / baseline).item()
+    pooled = standardize(features.mean(1))[0]
+    with torch.autocast(pooled.device.type, enabled=False):
+        for task, values in labels.items():
+            values = torch.cat(values)
+            metrics[f"knn_{task}"] = accuracy(knn_predict(pooled, values, pooled), values)
+    return metrics

@@ -1,0 +1,269 @@
+"""What a run shows and records: metrics.csv, curves.png, the progress bar, skipped steps."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from runtime.distributed import peak_memory
+
+COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
+           "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
+
+# When forced to collapse (momentum 0; learning rate 0.1), preset tiny's std_clips fell to between
+# 0.13 and 0.23, or its RankMe to 11 of 96; healthy runs stay above 0.45 and 40. Position embedding
+# and LayerNorm keep both above 0.
+STD_FLOOR, RANK_FLOOR = 0.25, 15.0
+EVALS_BEFORE_WARNING = 3  # the first evaluation may come before the features have spread
+MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
+
+
+class SkippedSteps:
+    """Counts the steps that changed nothing, because loss or gradient was not finite."""
+
+    def __init__(self):
+        self.total = self.consecutive = 0
+
+
+class Monitor:
+    """Follows one run: progress bar, speed, metrics, skipped steps, warnings.
+
+    first_step: steps done before; tasks: names of the tasks with a k-NN accuracy; batch_size: clips
+    per step, over all processes; skips: SkippedSteps to count on; logger: as in require_logger.
+    Every process has a Monitor; only that of rank 0 writes and, except about skipped steps, prints.
+    """
+
+    def __init__(self, run_dir, first_step, total_steps, tasks, rank, batch_size, device, skips,
+                 logger=""):
+        self.run_dir, self.first_step, self.total_steps = run_dir, first_step, total_steps
+        self.rank, self.batch_size, self.device, self.skips = rank, batch_size, device, skips
+        # Time and steps are counted from the last evaluation on.
+        self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, first_step
+        if rank == 0:
+            self.file, self.writer = open_metrics(run_dir / "metrics.csv", tasks, first_step)
+            self.log, self.close_log = open_logger(logger, run_dir, first_step)
+        self.bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps,
+                        unit="step", disable=None if rank == 0 else True)  # None: unless a terminal
+
+    def progress(self):
+        """The steps that are left, as an iterator that moves the progress bar."""
+        self.since = time.perf_counter()
+        return iter(self.bar)
+
+    def next(self, batches):
+        """next(batches), counted as time spent waiting for data."""
+        started = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - started
+        return batch
+
+    @contextmanager
+    def paused(self):
+        """What runs inside does not count for clips per second: evaluations."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
+
+    def skip(self, step, loss, grad_norms, sample_ids, scale=None):
+        """Count step 1, 2, ... as skipped, and name the clips that may be the cause.
+
+        sample_ids: a list of ids for each of this process's suspected micro-batches; scale: of the
+        fp16 gradient scaler, if there is one.
+        """
+        self.skips.total += 1
+        # A finite loss and a scale that can still be lowered: the scaler is searching for the
+        # largest scale that does not overflow, which is no sign of a fault.
+        searching = scale is not None and math.isfinite(loss) and scale > 1
+        self.skips.consecutive += not searching
+        if sample_ids:
+            samples = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in sample_ids)
+            tqdm.write(f"step {step} skipped: loss {loss:g}, gradient norms "
+                       f"{' and '.join(f'{norm:g}' for norm in grad_norms)}; samples {samples}",
+                       file=sys.stderr)
+
+    def step(self, step, loss, lr, weight_decay, momentum, grad_norms, **evaluation):
+        """Record step 1, 2, ... after it is done; to be called on every process.
+
+        grad_norms: of encoder and predictor; evaluation: from probe.feature_metrics, if this step
+        had one. Raises FloatingPointError on every process after MAX_SKIPS skipped steps in a row.
+        """
+        if all(map(math.isfinite, (loss, *grad_norms))):
+            self.skips.consecutive = 0
+        if self.rank == 0:
+            self._record({"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay,
+                          "momentum": momentum, "grad_norm_encoder": grad_norms[0],
+                          "grad_norm_predictor": grad_norms[1], "skipped": self.skips.total,
+                          **evaluation}, evaluation)
+        if evaluation:
+            self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, step
+        if self.skips.consecutive >= MAX_SKIPS:
+            raise FloatingPointError(
+                f"{self.skips.consecutive} steps in a row skipped, the last {step}, because loss "
+                "or gradient was not finite: check the clips of the samples named above, or lower "
+                "--lr or --clip-grad")
+
+    def _record(self, row, evaluation):
+        """Write a row of metrics.csv; show it on the bar; print and draw what was evaluated."""
+        step, elapsed = row["step"], time.perf_counter() - self.since
+        speed = {"clips/s": f"{(step - self.evaluated) * self.batch_size / elapsed:.3g}",
+                 "data wait": f"{self.waited / elapsed:.0%}"}
+        self.writer.writerow(row)
+        self.log(row)
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", **speed, refresh=False)
+        if step == self.first_step + 1 and (peak := peak_memory(self.device)):
+            tqdm.write(f"memory      {peak / 1e9:.3g} GB at its peak in the first step")
+        if evaluation:
+            values = {"loss": f"{row['loss']:.3f}", **speed,
+                      **{name: f"{value:.3g}" for name, value in evaluation.items()}}
+            tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in values.items()))
+            if warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv")):
+                tqdm.write(warning, file=sys.stderr)
+        if evaluation or step == self.total_steps:
+            draw_curves(self.run_dir)
+
+    def close(self):
+        """Close the progress bar, metrics.csv and the logger."""
+        self.bar.close()
+        if self.rank == 0:
+            self.file.close()
+            self.close_log()
+
+
+def require_logger(name):
+    """Raise ValueError if the package behind --log is missing: "", "tensorboard" or "wandb"."""
+    try:
+        if name:
+            importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"--log {name}: the package {name} is not installed: pip install {name}"
+                         ) from None
+
+
+def open_logger(name, run_dir, first_step):
+    """Start TensorBoard or Weights & Biases -> (function that logs a row of metrics.csv, close).
+
+    Both functions do nothing without a name. A resumed run continues its curves.
+    """
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run_dir, purge_step=first_step + 1)  # those will be repeated
+
+        def log(row):
+            for column, value in row.items():
+                writer.add_scalar(column, value, row["step"])
+
+        return log, writer.close
+    if name == "wandb":
+        import wandb
+
+        # Without `resume`, a run that starts over replaces the one of the same name.
+        run = wandb.init(project="v-jepa", name=run_dir.name, id=run_dir.name, dir=run_dir,
+                         resume="allow" if first_step else None,
+                         config=json.loads((run_dir / "config.json").read_text()))
+        return lambda row: run.log(row, step=row["step"]), run.finish
+    return lambda row: None, lambda: None
+
+
+def read_metrics(path):
+    """metrics.csv as a list of dicts of strings, without a last line that a crash cut off."""
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def open_metrics(path, tasks, step):
+    """Open metrics.csv to append to it -> (file, csv.DictWriter).
+
+    Rows after `step` are removed, because a resumed run writes them again.
+    """
+    columns = [*COLUMNS, *(f"knn_{task}" for task in tasks)]
+    rows = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115
+    return file, csv.DictWriter(file, columns)
+
+
+def draw_curves(run_dir):
+    """Draw curves.png from metrics.csv: the loss, the feature metrics, the schedules."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir / "metrics.csv")
+    panels = {
+        "training loss": ["loss"],
+        "loss / loss of the best position-only prediction": ["relative_loss"],
+        "feature std": ["std_clips", "std_tokens"],
+        "RankMe (effective rank of tokens)": ["rankme"],
+        "nearest-neighbour accuracy": [name for name in rows[0] if name.startswith("knn_")],
+        "learning rate": ["lr"],
+        "momentum": ["momentum"],
+        "gradient norm": ["grad_norm_encoder", "grad_norm_predictor"]}
+    figure = Figure(figsize=(15, 6))
+    # A layout engine would take as long as all the rest.
+    figure.subplots_adjust(0.035, 0.08, 0.99, 0.95, wspace=0.2, hspace=0.35)
+    for axis, (title, columns) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
+        for column, style in zip(columns, ("-", "--", ":"), strict=False):
+            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+            if points:
+                label = column.removeprefix("knn_").replace("_", " ")
+                axis.plot(*zip(*points, strict=True), style, label=label,
+                          marker="." if len(points) < 50 else None)
+        axis.set(title=title, xlabel="optimizer step")
+        if len(columns) > 1 and axis.lines:
+            axis.legend()
+    figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
+    os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
+
+
+def collapse_warning(rows):
+    """A warning if the last EVALS_BEFORE_WARNING evaluations show collapse, else None.
+
+    rows: of metrics.csv. It is given once: not if the evaluation before those showed collapse too.
+    """
+    evaluations = [row for row in rows if row["rankme"]]
+    low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR
+           for row in evaluations]
+    recent, before = low[-EVALS_BEFORE_WARNING:], low[:-EVALS_BEFORE_WARNING][-1:]
+    if len(recent) < EVALS_BEFORE_WARNING or not all(recent) or any(before):
+        return None
+    return (f"warning: the features look collapsed since step "
+            f"{evaluations[-EVALS_BEFORE_WARNING]['step']}: std_clips below {STD_FLOOR} or rankme "
+            f"below {RANK_FLOOR:g}. Usual causes: --momentum-start too low; --lr too high or "
+            "--warmup too short; masks that leave the answer visible or too little to predict")
+
+
+def describe(config, run_dir, first_step, model, samplers, device, precision, compiled, world_size,
+             micro_batch, accumulation):
+    """Yield the lines that a run prints at its start: the method, sizes, masks and hardware."""
+    tokens = math.prod(model.encoder.grid)
+    sizes = [(sampler.num_context, sampler.num_targets) for sampler in samplers]
+    hidden = [1 - context / tokens for context, _ in sizes]
+    masked = (f"masked {' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean "
+              f"{sum(hidden) / len(hidden):.0%}; context -> targets "
+              f"{', '.join(f'{context} -> {targets}' for context, targets in sizes)}")
+    if not sizes[0][1]:  # DINO
+        masked = f"nothing masked, {sizes[0][0]} tokens in all crops together"
+    how = [precision, *["compiled"] * compiled,
+           *["activations checkpointed"] * config.checkpoint_activations]
+    yield f"run         {run_dir}" + (f", resumed after step {first_step}" if first_step else "")
+    yield f"method      {config.method}"
+    yield f"data        {' '.join(config.data)}"
+    yield f"device      {device}, {', '.join(how)}, {world_size} process(es)"
+    yield (f"batch       {config.batch_size} clips = {world_size} processes x {micro_batch} x "
+           f"{accumulation}")
+    yield (f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
+           f"peak learning rate {config.lr:g}")
+    yield f"tokens      {tokens} {model.encoder.grid} per clip; {masked}"
+    yield "parameters  " + ", ".join(
+        f"{name.replace('_', ' ')} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+        for name, network in model.named_children() if list(network.parameters()))

@@ -1,0 +1,181 @@
+"""What surrounds the training loop: data, micro-batches, the last checkpoint, the log, the end."""
+
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data import BadFiles, loader, num_workers, open_clips
+from masks import sample_masks
+from runtime import checkpoint, distributed, monitor
+from runtime.metrics import feature_metrics
+from runtime.weights import load_networks
+
+# What may differ when a run is resumed, because the result does not depend on it.
+MAY_CHANGE_ON_RESUME = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
+                        "checkpoint_activations", "log"}
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def sample_ids(step, i, batch_size, rank=0, world_size=1, micro_batch=None):
+    """The clips of a process's i-th micro-batch in a step: a list of ints.
+
+    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once,
+    however they share the batch.
+    """
+    micro_batch = micro_batch or batch_size // world_size
+    first = step * batch_size + (i * world_size + rank) * micro_batch
+    return list(range(first, first + micro_batch))
+
+
+def open_datasets(config, num_frames):
+    """Clips to train on and clips to evaluate on; num_frames: as many as the encoder takes."""
+    clip = {"num_frames": num_frames, "frame_step": config.frame_step, "fps": config.fps,
+            "img_size": config.img_size, "noise": config.noise, "seed": config.seed,
+            "split": "train"}
+    return (open_clips(config.data, **clip, weights=config.data_weights or None),
+            open_clips(config.data, **clip, train=False))
+
+
+def catch_signals():
+    """A list that collects SIGTERM and SIGINT, so that the current step can end in a checkpoint."""
+    received = []
+
+    def remember(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:  # a second Ctrl-C kills at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in STOPS:
+        signal.signal(number, remember)
+    return received
+
+
+class Run:
+    """One process of a training run, ready to take its first step, or the next one.
+
+    config: train.Config; model, on its device, and samplers: from train.build; optimizer: from
+    train.build_optimizer; rank, world_size, device: from distributed.setup_device. Raises
+    ValueError, DataError or CheckpointError, in one line, before anything is written.
+    """
+
+    def __init__(self, config, run_dir, restart, model, samplers, optimizer, rank, world_size,
+                 device):
+        self.config, self.dir, self.model, self.optimizer = config, run_dir, model, optimizer
+        self.rank, self.world_size, self.device = rank, world_size, device
+        monitor.require_logger(config.log)
+        precision = distributed.pick_precision(config.precision, device)
+        self.compiled = distributed.pick_compile(config.compile, device, config.masking)
+        self.micro_batch, self.accumulation = distributed.split_batch(
+            config.batch_size, config.micro_batch, world_size)
+        train_set, self.eval_set = open_datasets(config, model.encoder.num_frames)
+
+        if world_size > 1:
+            distributed.init_process_group(device)
+        if rank == 0:
+            # torchrun repeats the command line when it restarts processes that were killed.
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            checkpoint.prepare_run_dir(run_dir, restart and not restarted)
+        if world_size > 1:
+            dist.barrier()
+        saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, quiet=rank > 0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        skips, self.first_step = monitor.SkippedSteps(), 0
+        if saved:
+            load_networks(model, saved, run_dir)
+            checkpoint.restore(saved, optimizer, self.scaler, skips)
+            self.first_step = saved["step"]
+        if self.compiled:
+            distributed.compile_blocks(model, len(samplers))
+        if config.checkpoint_activations:
+            distributed.checkpoint_activations(model)
+        self.compute_loss = distributed.wrap_ddp(model, world_size)
+        self.autocast = torch.autocast(device.type, distributed.DTYPES[precision],
+                                       precision != "fp32")
+
+        self.masks_of = partial(sample_masks, samplers, seed=config.seed)
+        self.bad_files = BadFiles(config.max_bad, len(train_set))
+        ids = (self.sample_ids(step, i) for step in range(self.first_step, config.steps)
+               for i in range(self.accumulation))
+        self.batches = loader(train_set, ids, num_workers(config.workers, world_size),
+                              device.type == "cuda", self.masks_of)
+        if rank == 0:
+            (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+            print(*monitor.describe(config, run_dir, self.first_step, model, samplers, device,
+                                    precision, self.compiled, world_size, self.micro_batch,
+                                    self.accumulation), sep="\n", flush=True)
+        self.log = monitor.Monitor(run_dir, self.first_step, config.steps,
+                                   list(self.eval_set.class_names), rank, config.batch_size,
+                                   device, skips, config.log)
+
+    def sample_ids(self, step, i):
+        """This process's i-th micro-batch in a step."""
+        return sample_ids(step, i, self.config.batch_size, self.rank, self.world_size,
+                          self.micro_batch)
+
+    def next_batch(self):
+        """Clips (b, 3, T, H, W) and masks of the next micro-batch, on the device."""
+        batch = self.log.next(self.batches)
+        self.bad_files.report(batch)
+        return distributed.to_device(batch, self.device)
+
+    def gradient_sync(self, i):
+        """DDP averages the gradients of all processes in the last backward pass of a step only."""
+        last = i == self.accumulation - 1
+        return nullcontext() if last or self.world_size == 1 else self.compute_loss.no_sync()
+
+    def share(self, values, signals):
+        """Means of values over all processes, and the signal that one of them got, or None."""
+        means, got = distributed.mean_and_any(values, [number in signals for number in STOPS],
+                                              self.device)
+        return means, next((number for number, hit in zip(STOPS, got, strict=True) if hit), None)
+
+    def skip(self, step, loss, grad_norms, micro_losses):
+        """Count a step that is not applied and name the clips that may be the cause."""
+        # If the loss is finite, and only a gradient is not, it may come from any of them.
+        suspects = [self.sample_ids(step, i) for i, value in enumerate(micro_losses)
+                    if math.isfinite(loss) or not value.isfinite()]
+        self.log.skip(step + 1, loss, grad_norms, suspects,
+                      self.scaler.get_scale() if self.scaler.is_enabled() else None)
+
+    def evaluate(self):
+        """Metrics of the features of a fixed set of clips: {name: float}."""
+        count = min(self.config.eval_clips, len(self.eval_set))
+        # Spread over the whole set, because class folders come in the order of their classes.
+        ids = np.linspace(0, len(self.eval_set) - 1, count).round().astype(int).tolist()
+        parts = [ids[i:i + self.micro_batch] for i in range(0, count, self.micro_batch)]
+        # The last part may be smaller, and compiling for its shape takes longer than running it.
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with self.autocast, eager, self.log.paused():
+            return feature_metrics(self.model, (
+                (*distributed.to_device(batch, self.device),
+                 self.eval_set.labels(batch.sample_ids))
+                for batch in loader(self.eval_set, parts, sample_masks=self.masks_of)
+                if len(batch.sample_ids)))
+
+    def save(self, step):
+        """Write the checkpoint of `step` steps."""
+        checkpoint.save(self.dir, step, self.config, self.model, self.optimizer, self.scaler,
+                        self.log.skips)
+
+    def finish(self, step, stop):
+        """Close everything and say how to go on; after a signal, exit with 128 + its number."""
+        self.batches.close()
+        self.log.close()
+        if self.rank == 0:
+            self.bad_files.summary()
+            print(f"stopped after step {step}; the same command continues from there" if stop else
+                  f"done; see {self.dir}/curves.png, then: python probe.py --checkpoint {self.dir}",
+                  file=sys.stderr if stop else sys.stdout)
+        if self.world_size > 1:
+            dist.destroy_process_group()
+        if stop:
+            sys.exit(128 + stop)

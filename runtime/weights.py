@@ -1,0 +1,151 @@
+"""Load checkpoints, this project's and the published ones, strictly and safely.
+
+    encoder = load_encoder("runs/tiny-seed0")      # or a file: vitl16.pth.tar
+    features = encoder(clips)                      # (B, 3, T, H, W) -> (B, N, D)
+
+Only tensors and plain containers are unpickled. Keys that are missing, unexpected or of another
+shape are named. Sizes are inferred from the tensors, so the published ViT-L and ViT-H files need no
+arguments.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import VJEPA, VisionTransformer
+
+# No tensor shows the number of heads. By width: the published encoders and ViT-Ti, ViT-S, ViT-B.
+HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or does not fit; the message is one line."""
+
+
+def latest_run():
+    """The folder in runs/ with the latest checkpoint. Raises CheckpointError if there is none."""
+    files = sorted(Path("runs").glob("*/checkpoint-*.pt"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise CheckpointError("runs/ holds no checkpoint: run train.py, or pass --checkpoint")
+    return files[-1].parent
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict, on the CPU; path: a file, or a run's folder for its last checkpoint.
+
+    Only tensors and plain containers are unpickled. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("checkpoint-*.pt"))
+        if not files:
+            raise CheckpointError(f"{path}: no checkpoint-*.pt in this folder")
+        path = files[-1]
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"rejected: it contains code and would call {code[1]}"
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")
+    return checkpoint
+
+
+def state_dict(checkpoint, name, path):
+    """checkpoint[name] without the prefixes `module.` and `backbone.` that wrappers added.
+
+    path: named in the CheckpointError if there is no such network.
+    """
+    if name not in checkpoint:
+        raise CheckpointError(f"{path}: has no '{name}', only {sorted(map(str, checkpoint))}")
+    return {key.removeprefix("module.").removeprefix("backbone."): value
+            for key, value in checkpoint[name].items()}
+
+
+def load_strictly(module, state, path):
+    """Load a state dict; a CheckpointError names keys that are missing, unexpected or reshaped."""
+    own = module.state_dict()
+    wrong = [f"missing {key}" for key in own.keys() - state.keys()]
+    wrong += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    wrong += [f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
+              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        wrong = "; ".join(sorted(wrong)[:4])
+        raise CheckpointError(f"{path}: does not fit the model: {wrong}{more}")
+    module.load_state_dict(state)
+
+
+def count_blocks(state):
+    """Number of transformer blocks in a state dict."""
+    return 1 + max(int(key.split("blocks.")[1].split(".")[0]) for key in state if "blocks." in key)
+
+
+def encoder_sizes(checkpoint, which, path, **overrides):
+    """VisionTransformer's arguments, from the shapes of an encoder and its position embedding.
+
+    which: the encoder's name in the checkpoint; overrides: img_size, num_frames or num_heads, if
+    the checkpoint does not record them (0 or None: it does). Raises CheckpointError if one of them
+    is still missing.
+    """
+    state = state_dict(checkpoint, which, path)
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
+    D, C, t, p, _ = state["patch_embed.proj.weight"].shape
+    table, axis_dim = state["pos_embed"][0].numpy(), -(-D // 6) * 2  # (N, D)
+    # Time, row and column have a third of the channels each: count the distinct rows of each third.
+    T, H, W = (len(np.unique(table[:, i * axis_dim:(i + 1) * axis_dim], axis=0)) for i in range(3))
+    sizes = {"patch_size": p, "tubelet_size": t, "in_chans": C, "embed_dim": D,
+             "depth": count_blocks(state),
+             "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}
+    if len(table) == T * H * W and H == W:
+        sizes |= {"img_size": H * p, "num_frames": T * t}
+    if num_heads := checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)):
+        sizes["num_heads"] = num_heads
+    sizes |= {name: value for name, value in overrides.items() if value}
+    for name in ("img_size", "num_frames", "num_heads"):
+        if name not in sizes:
+            raise CheckpointError(f"{path}: the checkpoint does not record {name}; pass {name}=...")
+    return sizes
+
+
+def load_networks(model, checkpoint, path):
+    """Load all networks of a VJEPA, or of another method, strictly from a checkpoint's dict."""
+    for name, network in model.named_children():
+        load_strictly(network, state_dict(checkpoint, name, path), path)
+
+
+def load_encoder(path, which=None, **overrides):
+    """A frozen encoder in eval mode: `features = load_encoder(path)(clips)`.
+
+    path: a checkpoint of this project, a run's folder, or a published .pth.tar; which:
+    "target_encoder" or "encoder" (None: the one that is probed, the target encoder if the method
+    has one); overrides as in encoder_sizes. Raises CheckpointError.
+    """
+    checkpoint = load_checkpoint(path)
+    which = which or checkpoint.get("probed_network", VJEPA.probed_network)
+    encoder = VisionTransformer(**encoder_sizes(checkpoint, which, path, **overrides))
+    load_strictly(encoder, state_dict(checkpoint, which, path), path)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_vjepa(path, **overrides):
+    """All three networks, as a VJEPA; path and overrides as in load_encoder.
+
+    Raises CheckpointError if the file is missing, damaged, or does not fit.
+    """
+    checkpoint = load_checkpoint(path)
+    predictor = state_dict(checkpoint, "predictor", path)
+    model = VJEPA(**encoder_sizes(checkpoint, "encoder", path, **overrides),
+                  predictor_dim=predictor["predictor_embed.weight"].shape[0],
+                  predictor_depth=count_blocks(predictor),
+                  num_mask_sets=sum(key.startswith("mask_tokens.") for key in predictor))
+    load_networks(model, checkpoint, path)
+    return model

@@ -1,0 +1,232 @@
+import json
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from assignments import grade, start
+
+ROOT = start.ROOT
+BLANKS = [(number, part) for number, parts in start.BLANKS.items() for part in parts]
+
+# {assignment: (part, file, the solution, what a student might write instead)}
+WRONG = {
+    1: ("a", "masks.py", "rng.integers(H - h + 1)", "rng.integers(H - h)"),  # never the last row
+    2: ("b", "model.py",  # sines and cosines in turn
+        "torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)",
+        "torch.cat([torch.stack([a.sin(), a.cos()], -1).flatten(1) for a in angles], dim=1)"),
+    3: ("a", "model.py", "features = self.target_encoder(clips)\n"  # no LayerNorm
+        "        return F.layer_norm(features, features.shape[-1:])",
+        "return self.target_encoder(clips)"),
+    4: ("c", "runtime/metrics.py", "similarity.fill_diagonal_(-1e9)", "pass"),  # a clip votes
+    5: ("b", "comparisons/report.py",  # the standard deviation instead of the standard error
+        "math.sqrt(sum(statistics.variance(v) / len(v) for v in (better, worse)))",
+        "math.sqrt(sum(statistics.variance(v) for v in (better, worse)))"),
+}
+
+LATER = [(1, "d"), (2, "e")]  # parts that call all earlier ones
+EXAMPLE = ROOT / "assignments" / "example"
+# (changed entries of the report, points for its four tests)
+REPORTS = [({"difference": 0.120003, "verdict": "disagree"}, [5, 10, 0, 0]),
+           ({"prediction": "yes", "worse": "vjepa", "verdict": "within noise"}, [0, 0, 0, 10])]
+
+
+def reference(folder):
+    """What a student hands in whose solutions are the project's own."""
+    for file in start.code_files():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, folder / file)
+    shutil.copytree(EXAMPLE, folder / "example")
+    shutil.copyfile(EXAMPLE / "report.json", folder / "report.json")
+    return folder
+
+
+def edit(path, old, new):
+    source = path.read_text()
+    assert source.count(old) == 1
+    path.write_text(source.replace(old, new))
+
+
+def begin_with(path, name, line):
+    """Insert a line of code at the beginning of a function."""
+    lines = path.read_text().split("\n")
+    lines.insert(start.body_lines(path.read_text(), name).start, 4 * " " + line)
+    path.write_text("\n".join(lines))
+
+
+def cheat(folder):
+    """A starter in which nothing is written, with tests that always pass."""
+    start.start(5, folder)
+    for file in folder.glob("tests/**/test_*.py"):
+        names = re.findall(r"(?m)^def (test_\w+)", file.read_text())
+        file.write_text("\n".join(f"def {name}(): pass" for name in names))
+    (folder / "conftest.py").write_text("def pytest_runtest_call(item):\n"
+                                        "    item.obj = lambda **fixtures: None\n")
+    shutil.copyfile(folder / "conftest.py", folder / "tests" / "conftest.py")
+    edit(folder / "comparisons/report.py", 'raise NotImplementedError("Assignment 5, part b")',
+         "import pytest; pytest.skip()")
+    (folder / "report.json").symlink_to(EXAMPLE / "report.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All that is graded for the tests below, at once: {name: result}."""
+    folder = tmp_path_factory.mktemp("handed-in")
+    dies = reference(folder / "dies")
+    begin_with(dies / "probe.py", "balanced_subset", "import os; os._exit(0)")
+    edit(dies / "probe.py", "D, h = x.shape[-1], self.num_heads\n        key =",
+         "import time\n        while True:\n            time.sleep(1)\n        key =")
+    # The endless loop comes first and holds one of three workers.
+    jobs = {"loops": grade.Job(dies, 4, ("a",), limit=5),
+            "crashes": grade.Job(dies, 4, ("c", "d")),
+            "cheat": grade.Job(cheat(folder / "cheat"), 5)}
+    right = reference(folder / "right")
+    for number, (part, file, old, new) in WRONG.items():
+        jobs["right", number] = grade.Job(right, number)
+        wrong = reference(folder / f"wrong{number}")
+        edit(wrong / file, old, new)
+        jobs["wrong", number] = grade.Job(wrong, number, (part,))
+    for number in start.BLANKS:
+        start.start(number, folder / f"blank{number}")
+        jobs["blank", number] = grade.Job(folder / f"blank{number}", number,
+                                          tuple(start.BLANKS[number]))
+    for number, part in LATER:
+        start.start(number, folder / f"later{number}")
+        file, name = start.BLANKS[number][part]
+        grade.solve(folder / f"later{number}" / file, name, (ROOT / file).read_text())
+        jobs["later", number] = grade.Job(folder / f"later{number}", number, (part,))
+    for i, (changes, _) in enumerate(REPORTS):
+        path = reference(folder / f"report{i}") / "report.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        jobs["report", i] = grade.Job(path.parent, 5, ("d",))
+    # In a process of its own, because a process has one forkserver for all of its tests.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        done = pool.submit(grade.grade, list(jobs.values()), workers=3).result()
+    return dict(zip(jobs, done, strict=True))
+
+
+@pytest.mark.parametrize("number", start.BLANKS)
+def test_the_projects_own_solutions_have_all_points(number, results, capsys):
+    result = results["right", number]
+    assert result["score"] == 80, [entry for entry in result["tests"] if not entry["score"]]
+    grade.show(grade.Job(Path("handed-in"), number), result)
+    assert "80 of 80 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, part", BLANKS)
+def test_a_function_that_is_not_written_has_no_points(number, part, results):
+    entries = [entry for entry in results["blank", number]["tests"]
+               if entry["name"].startswith(part)]
+    assert entries and not any(entry["score"] for entry in entries)
+    assert any(f"Assignment {number}, part {part}" in entry["output"] for entry in entries)
+
+
+@pytest.mark.parametrize("number, part", LATER)
+def test_a_later_part_has_its_points_when_the_earlier_ones_are_not_written(number, part, results):
+    assert all(entry["status"] == "passed" for entry in results["later", number]["tests"])
+
+
+@pytest.mark.parametrize("number", WRONG)
+def test_a_solution_that_is_nearly_right_loses_points(number, results):
+    result = results["wrong", number]
+    assert result["score"] < sum(entry["max_score"] for entry in result["tests"])
+    assert not any("SyntaxError" in entry["output"] or "NameError" in entry["output"]
+                   for entry in result["tests"])
+
+
+def test_a_report_that_does_not_fit_its_results_loses_points(results):
+    for i, (_, points) in enumerate(REPORTS):
+        assert [entry["score"] for entry in results["report", i]["tests"]] == points
+
+
+def test_a_crash_and_an_endless_loop_cost_only_their_own_points(results):
+    assert grade.points_by_part(results["loops"]) == {"a": [0, 15]}
+    assert grade.points_by_part(results["crashes"]) == {"c": [20, 20], "d": [0, 15]}
+    assert "stopped after 5 s" in results["loops"]["tests"][0]["output"]
+    assert "exit code 0" in results["crashes"]["tests"][-1]["output"]
+
+
+def test_the_students_own_tests_and_skipped_ones_earn_nothing(results):
+    assert results["cheat"]["score"] == 0 and len(results["cheat"]["tests"]) == 10
+    assert all(entry["status"] == "failed" for entry in results["cheat"]["tests"])
+
+
+def bare(text):
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def holds(text, wanted):
+    """Whether lines follow each other in a text, whatever their indent."""
+    if not all(line in text for line in wanted):
+        return False  # and most texts are long
+    lines = bare(text)
+    return any(lines[i:i + len(wanted)] == wanted for i in range(len(lines)))
+
+
+@pytest.mark.parametrize("number", start.BLANKS)
+def test_a_starter_is_the_project_without_the_solutions(number, tmp_path):
+    folder = tmp_path / "starter"
+    start.start(number, folder)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"example"} == {
+        "runtime", "video", "comparisons", "tools", "tests", "docs"}
+    assert not [*folder.rglob("__pycache__"), *folder.rglob("test_assignments.py")]
+    assert json.loads((folder / "assignment.json").read_text()) == {"assignment": number}
+    bodies = {}
+    for part, (file, name) in start.BLANKS[number].items():
+        source = (ROOT / file).read_text()
+        bodies[part] = "\n".join(source.split("\n")[start.body_lines(source, name)])
+        assert holds(source, bare(bodies[part]))
+    for file in start.code_files():  # with the bodies put back, all is as it was
+        source = (folder / file).read_bytes().decode()
+        for part, body in bodies.items():
+            left = rf' +raise NotImplementedError\("Assignment {number}, part {part}"\)'
+            source, count = re.subn(left, lambda _, body=body: body, source)
+            assert count == (start.BLANKS[number][part][0] == str(file))
+        assert source.encode() == (ROOT / file).read_bytes()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            text = path.read_text(errors="ignore")
+            assert not [part for part, body in bodies.items() if holds(text, bare(body))], path
+
+
+@pytest.mark.parametrize("number", start.BLANKS)
+def test_a_handout_has_the_points_that_are_given_and_commands_that_exist(number):
+    text = (ROOT / "assignments" / start.HANDOUTS[number]).read_text()
+    rows = re.findall(r"(?m)^\| (\w) \| ([\w/]+\.py): (\w+) \| (\d+) \|$", text)
+    points = grade.POINTS[number]
+    assert rows == [(part, file, test, str(worth)) for part, files in points.items()
+                    for file, tests in files.items() for test, worth in tests.items()]
+    assert sum(int(row[-1]) for row in rows) == 80
+    commands = re.findall(r"python (\w+\.py|-m [\w.]+)", text)
+    assert commands and all((ROOT / command.removeprefix("-m ").removesuffix(".py").replace(
+        ".", "/")).with_suffix(".py").exists() for command in commands)
+    for file, name in start.BLANKS[number].values():
+        assert f"`{name}`" in text and file in text
+
+
+def run(script, *arguments):
+    command = [sys.executable, ROOT / "assignments" / script, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1")
+    result = run("start.py", 1, tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"error: {tmp_path} is not an empty folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    result = run("start.py", 2, tmp_path / "new")
+    assert result.returncode == 0 and "e  model.py  Predictor.forward" in result.stdout
+
+
+def test_a_folder_that_names_no_assignment_is_an_error(tmp_path):
+    (tmp_path / "assignment.json").write_text("[]")
+    result = run("grade.py", tmp_path)
+    assert result.returncode == 1 and "pass --assignment" in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,31 @@
+import torch
+
+from comparisons.mae import MaskedAutoencoder, normalize_tubelets, unpatchify
+from comparisons.masks import RunningCellMask, TubeMask
+from model import patchify
+
+GRID, TUBELET = (4, 6, 6), (2, 4, 4)
+
+
+def test_normalized_pixels_are_the_image_except_for_mean_and_std():
+    clips = 5 + 3 * torch.randn(2, 3, 8, 24, 24)
+    tubelets = patchify(clips, TUBELET)
+    assert torch.equal(unpatchify(tubelets, TUBELET, GRID), clips)
+    targets, mean, std = normalize_tubelets(tubelets)
+    torch.testing.assert_close(targets.mean(-1), torch.zeros(2, 144), atol=1e-5, rtol=0)
+    torch.testing.assert_close(targets.var(-1, unbiased=False), torch.ones(2, 144))
+    torch.testing.assert_close(unpatchify(targets * std + mean, TUBELET, GRID), clips)
+
+
+def test_the_loss_is_the_squared_error_of_masked_tubelets_alone():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(24, 4, 8, 2, 24, 1, 2, 4.0, 12, 1, num_mask_sets=2, init_std=None)
+    clips, masks = torch.randn(3, 3, 8, 24, 24), [
+        TubeMask(GRID).sample(range(3), 0), RunningCellMask(GRID).sample(range(3), 0)]
+    truth = normalize_tubelets(patchify(clips, TUBELET))[0]
+    losses = []
+    for mask_set, (context, targets) in enumerate(masks):
+        prediction = model.predictor(model.encoder(clips, context), context, targets, mask_set)
+        losses.append(torch.stack([(prediction[b, i] - truth[b, n]).square().mean()
+                                   for b in range(3) for i, n in enumerate(targets[b])]).mean())
+    torch.testing.assert_close(model(clips, masks), torch.stack(losses).mean())

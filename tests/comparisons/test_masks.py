@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+
+import comparisons.masks
+from comparisons.masks import (ImageBlockMask, RandomMask, RunningCellMask, TruncatedMultiBlockMask,
+                               TubeMask)
+
+FRAME = (1, 14, 14)
+SAMPLERS = [RandomMask((4, 7, 7)), RandomMask((4, 7, 7), 0.2, 0.5), TubeMask((4, 7, 7)),
+            TubeMask((4, 5, 5), 0.07, 0.7), RunningCellMask((8, 7, 7)), ImageBlockMask(FRAME),
+            ImageBlockMask((1, 5, 5))]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+def test_context_and_targets_are_disjoint_sorted_of_fixed_size_and_independent_of_the_batch(
+        sampler):
+    context, targets = sampler.sample(range(50), seed=1)
+    assert context.shape == (50, sampler.num_context)
+    assert targets.shape == (50, sampler.num_targets)
+    assert context.dtype == targets.dtype == torch.int64
+    for one, other in zip(context, targets, strict=True):  # I-JEPA's context too
+        assert not set(one.tolist()) & set(other.tolist())
+    for indices in (context, targets):
+        assert (indices.diff(dim=1) > 0).all() and indices.min() >= 0
+        assert len(indices.unique(dim=0)) > 10
+    again = sampler.sample([7, 3], seed=1)
+    assert torch.equal(again[0][1], context[3]) and torch.equal(again[1][0], targets[7])
+
+
+def test_tubes_are_constant_in_time_and_random_masks_are_not():
+    def visible_tokens(sampler):
+        context, _ = sampler.sample(range(30), seed=0)
+        return torch.zeros(30, 4 * 49, dtype=bool).scatter_(1, context, True).view(30, 4, 49)
+
+    tube = visible_tokens(TubeMask((4, 7, 7), 0.1, 0.9))
+    assert (tube == tube[:, :1]).all() and (tube[:, 0].sum(1) == 5).all()
+    assert not (visible_tokens(RandomMask((4, 7, 7), 0.1, 0.9)).sum(2) == 5).all()
+
+
+def test_a_running_cell_covers_half_of_the_tokens_and_every_token_in_turn():
+    sampler = RunningCellMask((8, 6, 7))
+    decoded = np.stack([sampler.decoded(first) for first in range(4)]).reshape(4, 8, 6, 7)
+    assert (decoded.sum(axis=(1, 2, 3)) == 4 * 42).all() and len(np.unique(decoded, axis=0)) == 4
+    for start in range(5):
+        assert (decoded[:, start:start + 4].sum(axis=1) == 2).all()
+    assert (decoded[:, :-1] != decoded[:, 1:]).any(axis=1).all()  # it moves at every position
+    context, targets = sampler.sample(range(20), seed=0)
+    starts = []
+    for one, other in zip(context, targets, strict=True):
+        hidden = np.setdiff1d(np.arange(8 * 42), one)
+        starts += [first for first in range(4)
+                   if other.tolist() == hidden[sampler.decoded(first)[hidden]].tolist()]
+    assert len(starts) == 20 and set(starts) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="multiple of 4 time steps, not 6"):
+        RunningCellMask((6, 7, 7))
+
+
+def test_image_blocks_are_rectangles_of_the_stated_sizes():
+    sampler, rng = ImageBlockMask(FRAME, num_blocks=1, target_ratio=0.14), np.random.default_rng(0)
+    masks = [sampler.sample_blocks(rng) for _ in range(300)]
+    for context, block in masks:
+        rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
+        assert block.sum() == len(rows) * len(columns)  # filled, hence a rectangle
+        assert 0.12 * 196 <= block.sum() <= 0.22 * 196
+        assert 0.65 <= len(rows) / len(columns) <= 1.75
+        assert not (context & block).any()
+    assert 0.75 * 196 * 0.8 < np.mean([context.sum() for context, _ in masks]) < 196 * 0.85
+    with pytest.raises(ValueError, match="single time step, not 2"):
+        ImageBlockMask((2, 14, 14))
+    with pytest.raises(ValueError, match="no room"):
+        ImageBlockMask(FRAME, target_ratio=0.9, context_ratio=0.1)
+
+
+# Measured on the published sampler with a grid of 8 x 14 x 14: mean context of single clips; mean
+# context and targets in batches of 24, as fractions of all tokens; context tokens per time step.
+RELEASE = [({"num_blocks": 8, "spatial_scale": 0.15}, 0.375, 0.238, 0.471,
+            [73, 73, 73, 67, 48, 25, 9.5, 3.5]),
+           ({"num_blocks": 2, "spatial_scale": 0.70}, 0.193, 0.065, 0.704,
+            [37, 32, 18, 8.6, 3.6, 2.2, 1.8, 1.6])]
+
+
+@pytest.mark.parametrize("settings, alone, context_ratio, target_ratio, steps", RELEASE)
+def test_truncated_masks_reproduce_the_release(settings, alone, context_ratio, target_ratio, steps):
+    sampler = TruncatedMultiBlockMask((8, 14, 14), **settings)
+    single = [sampler.sample([i], 0)[0].shape[1] / 1568 for i in range(1000)]
+    assert abs(np.mean(single) - alone) < 0.012
+    batches = [sampler.sample(range(24 * i, 24 * i + 24), seed=1) for i in range(600)]
+    assert abs(np.mean([c.shape[1] for c, _ in batches]) / 1568 - context_ratio) < 0.012
+    assert abs(np.mean([t.shape[1] for _, t in batches]) / 1568 - target_ratio) < 0.012
+    counts = np.mean([np.bincount(context.flatten() // 196, minlength=8) / 24
+                      for context, _ in batches], axis=0)
+    assert np.abs(counts - steps).max() < 6
+    assert counts[-1] < counts[0] / 10
+
+
+def test_truncation_keeps_the_first_tokens_of_every_clip(monkeypatch):
+    sampler, sizes, lists = TruncatedMultiBlockMask((8, 14, 14)), [], []
+    draw = TruncatedMultiBlockMask.sample_clip
+
+    def remember(self, rng):
+        sizes.append(self.aspect_ratio)
+        lists.append(draw(self, rng))
+        return lists[-1]
+
+    monkeypatch.setattr(TruncatedMultiBlockMask, "sample_clip", remember)
+    kept = sampler.sample([5, 6, 7], seed=0)
+    assert all(low == high == sizes[0][0] for low, high in sizes)  # one block size per batch
+    assert sampler.aspect_ratio == (0.75, 1.5)
+    for part, indices in enumerate(kept):
+        whole = [clip[part].tolist() for clip in lists]
+        assert indices.shape == (3, min(map(len, whole)))
+        assert indices.tolist() == [tokens[:indices.shape[1]] for tokens in whole]
+
+
+def test_truncated_masks_are_usable_if_a_token_is_visible_and_one_is_masked():
+    sampler = TruncatedMultiBlockMask((2, 10, 10))
+    masked = np.arange(100) < np.array([0, 1, 99, 100])[:, None]
+    assert [bool(sampler.is_usable(mask)) for mask in masked.reshape(4, 10, 10)] == [
+        False, True, True, False]
+    with pytest.raises(ValueError, match="spatial_scale"):
+        TruncatedMultiBlockMask((8, 14, 14), spatial_scale=1.0, aspect_ratio=(1, 1))
+
+
+@pytest.mark.parametrize("sampler", [ImageBlockMask(FRAME), TruncatedMultiBlockMask((8, 14, 14))])
+def test_sampling_ends_when_no_mask_is_usable(sampler, monkeypatch):
+    monkeypatch.setattr(comparisons.masks, "MAX_TRIES", 20)
+    monkeypatch.setattr(sampler, "is_usable", lambda *masks: False)
+    with pytest.raises(ValueError, match="20 tries"):
+        sampler.sample(range(3), seed=0)

@@ -1,0 +1,48 @@
+import pytest
+
+from comparisons import report as findings
+from comparisons.study import TABLES
+
+
+@pytest.mark.parametrize("better, worse, word", [
+    ([0.80, 0.81, 0.82], [0.70, 0.71, 0.72], "agree"),
+    ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "disagree"),
+    ([0.70, 0.80, 0.90], [0.69, 0.79, 0.88], "within noise"),
+    ([0.80], [0.70], "one seed"),
+    ([0.80, 0.81, 0.82], [0.77, 0.78, 0.79], "agree"),  # 2.78 standard errors are 0.0227
+    ([0.80, 0.81, 0.82], [0.78, 0.79, 0.80], "within noise"),
+])
+def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, word):
+    assert findings.verdict(better, worse).split(" ", 1)[1] == word
+
+
+def test_a_verdict_begins_with_the_difference():
+    assert findings.verdict([0.5, 0.6, 0.7], [0.70, 0.85, 0.90]) == "-0.217 within noise"
+
+
+def test_the_spread_of_a_single_value_is_0():
+    assert findings.mean_and_spread([0.4]) == (0.4, 0.0)
+
+
+def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("run,seed,motion attentive 1\na,0,0.5\na,1,0.7\nb,0,0.1\n")
+    runs = findings.read(path)
+    assert runs["a"] == {"seed": [0, 1], "motion attentive 1": [0.5, 0.7]}
+    assert findings.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.141"
+    assert findings.cell(None) == "-"
+
+
+def test_fixed_size_masks_keep_as_much_of_every_time_step_and_cut_ones_do_not():
+    for name, steps in findings.kept_per_step().items():
+        assert (max(steps) < 1.1 * min(steps)) == ("fixed" in name), name
+
+
+@pytest.mark.parametrize("number, first", [(3, 0.5), (8, 0.3), (9, 10.0)])
+def test_rows_with_a_number_become_the_points_of_a_line(number, first):
+    table = TABLES[number]
+    runs = {name: {"seconds": [10.0 * (i + 1)]} for i, name in enumerate(table.runs)}
+    lines = findings.series_of(table, list(table.runs), runs)
+    assert len(lines) == {3: 1, 8: 3, 9: 3}[number]
+    points = next(iter(lines.values()))
+    assert points[0][0] == first and points == sorted(points) and len(points) > 1

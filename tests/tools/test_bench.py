@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+import train
+from data import Batch, DataError
+from masks import sample_masks
+from tests.conftest import write_video
+from tests.runs import FAST
+from tools import bench
+
+
+def step_of(*flags):
+    """A step on two clips, and its timer, model and config."""
+    config, *_ = train.parse_args([*FAST, *flags])
+    model, samplers = train.build(config)
+    batch = Batch(torch.randn(2, 3, model.encoder.num_frames, 16, 16), torch.arange(2), [],
+                  sample_masks(samplers, [0, 1], 0))
+    device = torch.device("cpu")
+    timer = bench.Timer(device)
+    step = bench.training_step(config, model, train.build_optimizer(model, config),
+                               iter([batch] * 2), device, "fp32", timer)
+    return step, timer, model, config
+
+
+def test_operations_are_those_of_the_matrix_products():
+    step, timer, model, config = step_of()
+    timer.mode = "count"
+    step()
+    T, H, W = model.encoder.grid
+    N, D, pixels = T * H * W, config.embed_dim, 3 * 2 * 4 * 4
+    per_block = 2 * N * 12 * D * D + 2 * 2 * N * N * D  # linear layers; attention's two products
+    assert timer.flops["target encoder"] == 2 * (2 * N * pixels * D + config.depth * per_block)
+    assert timer.flops["backward"] > 1.8 * (timer.flops["context encoder"]
+                                            + timer.flops["predictor"])
+    assert timer.flops["optimizer"] == timer.flops["momentum"] == 0
+
+
+def test_the_step_trains_the_methods_own_loss_and_measures_each_part_once():
+    step, timer, model, _ = step_of()
+    before = model.encoder.norm.bias.clone()
+    called, loss_fn = [], model.loss_fn
+    model.loss_fn = lambda *tensors: called.append(len(tensors)) or loss_fn(*tensors)
+    timer.mode = "time"
+    step()
+    assert called == [2, 2]  # one loss per mask set
+    assert set(timer.seconds) == {"data wait", "to the device", "target encoder", "backward",
+                                  "context encoder", "predictor", "optimizer", "momentum"}
+    assert not torch.equal(model.encoder.norm.bias, before)
+    with timer("outer"):
+        model.targets(torch.randn(1, 3, 4, 16, 16))
+    assert timer.seconds["outer"] > 0 and not timer.inside
+
+
+@pytest.mark.parametrize("method", ["vjepa", "dino"])
+def test_it_prints_what_a_step_takes_and_writes_nothing(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "STEPS", 3)
+    bench.main([*FAST, "--method", method])
+    printed = capsys.readouterr().out
+    for part in ("clips/s, 4 clips", "peak memory", "TFLOP/s of a large matrix product in fp32",
+                 "data wait", "context encoder", "backward", "optimizer", "momentum"):
+        assert part in printed
+    assert ("target encoder" in printed) == (method == "vjepa")
+    assert not list(tmp_path.iterdir())
+
+
+def test_decoding_is_measured_without_unreadable_files(videos, capsys):
+    config, *_ = train.parse_args(["--num-frames", "4", "--img-size", "32"])
+    bench.bench_decoding([str(videos)], config, seconds=0.3)
+    printed = capsys.readouterr().out
+    assert "clips/s on one core, 4 frames of 32 x 32" in printed
+    for part in ("open", "seek and decode", "convert, crop, resize", "flip, normalize"):
+        assert part in printed
+
+
+def test_decoding_measures_the_papers_clips_by_default(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4")
+    seen = []
+    monkeypatch.setattr(bench, "bench_decoding", lambda paths, config: seen.append((paths, config)))
+    bench.main(["--decode", "a.mp4", "b.mp4", "--frame-step", "2"])
+    [(paths, config)] = seen
+    assert paths == ["a.mp4", "b.mp4"]
+    assert (config.num_frames, config.frame_step, config.img_size) == (16, 2, 224)
+
+
+def test_without_videos_decoding_is_an_error(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="no readable videos"):
+        bench.main(["--decode", str(tmp_path)])

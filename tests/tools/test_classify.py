@@ -1,0 +1,108 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import BadFiles, DataError, open_clips
+from probe import AttentiveProbe
+from runtime.weights import CheckpointError, load_encoder
+from tests.conftest import GOLDEN
+from tools import classify
+
+ROOT = Path(classify.__file__).parent.parent
+ENCODER, PROBE = (str(GOLDEN / f"reference-{name}.pth.tar") for name in ("vjepa", "probe"))
+PUBLISHED = ["--checkpoint", ENCODER, "--num-heads", "4", "--probe", PROBE, "--workers", "0"]
+
+
+def run(folder, *flags):
+    """`python -m tools.classify` in another process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "tools.classify", *flags], cwd=folder, text=True,
+                          capture_output=True, timeout=240, env=environment)
+
+
+def test_logits_of_a_decoded_clip_are_those_of_its_pixels(lossless):
+    """The networks agree with the release (test_model, test_probe); so does what leads to them."""
+    folder, frames = lossless
+    encoder, head = load_encoder(ENCODER, num_heads=4), AttentiveProbe.from_checkpoint(PROBE, 4)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    pixels = (frames[:, :, 2:34, 2:34] / 255 - mean) / std  # 37 pixels leave 2 or 3 at each side
+    clips = torch.from_numpy(pixels).float().permute(0, 4, 1, 2, 3)
+    logits = head(encoder(clips)).detach()
+
+    dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
+    probabilities, sample_ids = classify.classify(encoder, head, dataset, BadFiles(), 2)
+    assert sample_ids == [0, 1]
+    torch.testing.assert_close(probabilities.log(), logits.log_softmax(-1), atol=1e-4, rtol=0)
+
+
+def test_a_published_probe_runs_on_a_list_of_videos(lossless):
+    folder, _ = lossless
+    (folder / "list.csv").write_text("0.mkv 4\n1.mkv 2\n")
+    result = run(folder, *PUBLISHED, "--data", str(folder / "list.csv"), "--out", "results",
+                 "--frame-step", "1", "--segments", "2", "--views", "3")
+    assert result.returncode == 0, result.stderr
+    with open(folder / "results/predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "label", "predicted", "probability", "top5"]
+    assert [row["label"] for row in rows] == ["4", "2"]
+    top1 = np.mean([row["label"] == row["predicted"] for row in rows])
+    content = json.loads((folder / "results/probe.json").read_text())
+    assert content["results"] == {"clips": 2, "top1": top1, "top5": 1.0}  # of only 5 classes
+    assert content["made_with"]["views"] == 3 and content["made_with"]["probe"] == PROBE
+    assert f"top-1 {top1:.4f}" in result.stdout
+    assert sorted(map(int, rows[0]["top5"].split())) == [0, 1, 2, 3, 4]
+    assert Image.open(folder / "results/confusion.png").width > 300
+    assert not (folder / "cache").exists()
+
+
+def test_labels_are_not_needed(lossless, monkeypatch):
+    folder, _ = lossless
+    monkeypatch.chdir(folder)
+    classify.main([*PUBLISHED, "--data", str(folder), "--out", "results"])
+    assert len((folder / "results/predictions.csv").read_text().splitlines()) == 3
+    assert not (folder / "results/probe.json").exists()
+
+
+def test_a_label_that_the_probe_does_not_know_ends_with_one_line_and_no_traceback(lossless):
+    folder, _ = lossless
+    (folder / "list.csv").write_text("0.mkv 4\n1.mkv 5\n")
+    result = run(folder, *PUBLISHED, "--data", "list.csv", "--out", ".")
+    assert result.returncode == 1
+    assert result.stderr == "error: list.csv:2: label 5 is not among the 5 classes\n"
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--probe", "gone.pt"], "gone.pt: no such checkpoint"),
+    (["--probe", ENCODER], "has no 'classifier'"), (["--data", "gone.csv"], "gone.csv: no such"),
+    (["--data", "synthetic", "--views", "2"], "synthetic clips")])
+def test_bad_input_is_one_clear_line(flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((CheckpointError, DataError), match=says) as error:
+        classify.main([*PUBLISHED, "--out", ".", *flags])
+    assert "\n" not in str(error.value)
+
+
+def test_a_probe_for_another_width_is_rejected(lossless):
+    folder, _ = lossless
+    dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
+    with pytest.raises(CheckpointError, match="features of 24 channels"):
+        classify.classify(load_encoder(ENCODER, num_heads=4), AttentiveProbe(24, 2, 5), dataset,
+                          BadFiles())
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint", "x.pt"], [*PUBLISHED, "--views", "-1"],
+                                   [*PUBLISHED, "--protocol", "imagenet"],
+                                   [*PUBLISHED, "--seeds", "3"]])
+def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        classify.main(flags)
+    assert error.value.code == 2
+    assert (flags[-2] if len(flags) > 2 else "--probe") in capsys.readouterr().err

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import BadFiles, open_clips
+from model import VisionTransformer
+from tests.conftest import GOLDEN
+from tools import extract
+
+CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
+PUBLISHED = ["--checkpoint", str(GOLDEN / "reference-vjepa.pth.tar"), "--num-heads", "4",
+             "--workers", "0"]
+
+
+def test_extracted_features_have_their_paths_labels_and_splits(tmp_path):
+    for split in ("train", "val"):
+        for i, name in enumerate(("a/0", "a/1", "b/0", "b/1")):
+            file = tmp_path / "clips" / split / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(file)
+    torch.manual_seed(0)
+    encoder, file = VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval(), tmp_path / "features.npz"
+    count = extract.extract(file, encoder, [str(tmp_path / "clips")], CLIP, {}, BadFiles(),
+                            store=tmp_path / "cache")
+    found = np.load(file)
+    assert count == 8 and found["features"].shape == (8, 24)
+    assert found["split"].tolist() == ["train"] * 4 + ["val"] * 4
+    assert found["classes"][found["labels"]].tolist() == ["a", "a", "b", "b"] * 2
+    dataset = open_clips([str(tmp_path / "clips")], **CLIP, split="val", train=False)
+    expected = encoder(dataset[3][None]).mean(1)[0].detach()
+    assert found["paths"][7] == dataset.paths[3]
+    np.testing.assert_allclose(found["features"][7], expected, atol=2e-3)
+
+
+def test_labels_are_not_needed_and_folders_are_made(lossless, monkeypatch, capsys):
+    folder, _ = lossless
+    monkeypatch.chdir(folder)
+    extract.main(["deep/er/f.npz", *PUBLISHED, "--data", str(folder), "--segments", "2"])
+    found = np.load(folder / "deep/er/f.npz")
+    assert found["features"].shape == (2, 64) and set(found) == {"features", "paths", "split"}
+    assert "features of 2 clips written to deep/er/f.npz" in capsys.readouterr().out
+
+
+def test_both_tasks_of_synthetic_clips_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("video.synthetic.Synthetic.splits", {"train": 3, "val": 2, "test": 2})
+    extract.main(["f.npz", *PUBLISHED])
+    found = np.load("f.npz")
+    assert sorted(found) == ["classes_appearance", "classes_motion", "features",
+                             "labels_appearance", "labels_motion", "paths", "split"]
+    assert len(found["labels_motion"]) == 7 and "left" in found["classes_motion"]
+
+
+@pytest.mark.parametrize("file, says", [
+    ("folder.npz", "must be a file"), ("features.txt", "ends in .npz"),
+    ("list.csv/f.npz", "cannot write to list.csv")])
+def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_encoded(
+        file, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "list.csv").touch()
+    monkeypatch.setattr(extract, "open_from_flags", None)
+    with pytest.raises(ValueError, match=says) as error:
+        extract.main([file, *PUBLISHED])
+    assert str(error.value).startswith(file) and "\n" not in str(error.value)

@@ -1,0 +1,118 @@
+"""Classify clips with a frozen encoder and a published attentive probe.
+
+    python -m tools.classify --checkpoint vitl16.pth.tar --probe k400-probe.pth.tar \\
+        --data k400_val.csv --protocol k400
+
+Writes predictions.csv (path, label, predicted, probability, top5) and, if there are labels,
+probe.json with the top-1 and top-5 accuracy, and confusion.png. Labels are the probe's class
+indices. Nothing is trained, and no features are stored.
+"""
+
+import argparse
+import copy
+import csv
+import sys
+from dataclasses import asdict, fields, make_dataclass
+from pathlib import Path
+
+import torch
+
+import probe
+from data import BadFiles, DataError, num_workers, open_clips
+from runtime import report
+from runtime.features import PROTOCOLS, encode_batches, open_encoder
+from runtime.flags import parse
+from runtime.weights import CheckpointError
+
+
+def probe_flags(*names):
+    """A dataclass with those flags of probe.py that open an encoder and clips, and `names`."""
+    names += ("checkpoint", "data", "protocol", "segments", "views", "frame_step", "fps",
+              "num_heads", "batch_size", "max_bad", "workers", "device")
+    return make_dataclass("Config", [(f.name, f.type, copy.copy(f)) for f in fields(probe.Config)
+                                     if f.name in names])
+
+
+def open_from_flags(config):
+    """A config of probe_flags -> what open_encoder returns, and {"segments": ..., "views": ...}."""
+    opened = open_encoder(config.checkpoint, config.data, config.device, config.num_heads,
+                          config.frame_step, config.fps)
+    segments, views = PROTOCOLS.get(config.protocol, (1, 1))
+    return *opened, {"segments": config.segments or segments, "views": config.views or views}
+
+
+def classify(encoder, head, dataset, bad_files, clips_per_batch=50, num_workers=0):
+    """Run an attentive probe on all readable clips -> (probabilities (n, classes), n sample ids).
+
+    The softmax is averaged over a clip's views. Raises CheckpointError if the probe does not fit
+    the encoder, DataError if no clip is readable.
+    """
+    probabilities, sample_ids = [], []
+    for batch, [tokens] in encode_batches([encoder], dataset, range(len(dataset)), bad_files,
+                                          clips_per_batch, num_workers, "classifying"):
+        if tokens.shape[-1] != head.linear.in_features:
+            raise CheckpointError(f"--probe is for features of {head.linear.in_features} channels, "
+                                  f"those of --checkpoint have {tokens.shape[-1]}")
+        probabilities.append(probe.predict(head, tokens))  # (B, classes)
+        sample_ids += batch.sample_ids.tolist()
+    if not sample_ids:
+        raise DataError(f"{dataset.name}: none of the clips can be read")
+    return torch.cat(probabilities), sample_ids
+
+
+def write_predictions(file, paths, labels, top):
+    """predictions.csv; labels: (n,) or None; top: values and indices from topk, each (n, 5)."""
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["path", "label", "predicted", "probability", "top5"])
+        for i, path in enumerate(paths):
+            classes = top.indices[i].tolist()
+            writer.writerow([path, "" if labels is None else labels[i].item(), classes[0],
+                             f"{top.values[i, 0].item():.4f}", " ".join(map(str, classes))])
+
+
+def main(arguments=None):
+    """Classify the clips that the command line names. Exits with 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--probe", metavar="FILE", required=True, help="a published probe")
+    config, given = parse(parser, probe_flags("split", "out"), arguments)
+
+    path, encoder, data, clip, protocol = open_from_flags(config)
+    head = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)
+    head.to(next(encoder.parameters()).device)
+    folder = Path(config.out or (path if path.is_dir() else path.parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = open_clips(data, **clip, train=False).splits
+    split = next((name for name in (config.split, "val") if name in splits), None)
+    classes = [str(i) for i in range(head.linear.out_features)]
+    dataset = open_clips(data, **clip, **protocol, split=split, train=False, classes=classes)
+    print(f"classifying {len(dataset)} clips of {dataset.name}", flush=True)
+    bad_files = BadFiles(config.max_bad)
+    probabilities, sample_ids = classify(encoder, head, dataset, bad_files, config.batch_size,
+                                         num_workers(config.workers))
+    bad_files.summary()
+
+    labels, top = dataset.labels(sample_ids).get("class"), probabilities.topk(min(5, len(classes)))
+    write_predictions(folder / "predictions.csv", map(dataset.path, sample_ids), labels, top)
+    print(f"written to {folder}/: predictions.csv")
+    if labels is None:
+        return
+    hits = top.indices == labels[:, None]  # (n, 5)
+    results = {"clips": len(hits), "top1": hits[:, 0].float().mean().item(),
+               "top5": hits.any(1).float().mean().item()}
+    print(f"top-1 {results['top1']:.4f}, top-5 {results['top5']:.4f}: probe.json, confusion.png")
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    confusion.index_put_((labels, top.indices[:, 0]), torch.tensor(1), accumulate=True)
+    made_with = asdict(config) | protocol | {"checkpoint": str(path), "data": data, "split": split,
+                                             "probe": given.probe}
+    report.write_json(folder, made_with, results, {"class": confusion}, {"class": classes})
+    report.draw_confusion({"class": confusion}, {"class": classes}, folder / "confusion.png",
+                          Path(given.probe).name)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
