@@ -109,18 +109,16 @@ def sample_masks(samplers, sample_ids, seed):
 
 
 def main():
-    """Print the first time step of two masks: o context, # target, · neither."""
-    for name, blocks, scale, context_ratio, target_ratio in (
-            ("short range", 8, 0.15, 0.20, 0.50), ("long range", 2, 0.70, 0.07, 0.70)):
-        sampler = MultiBlockMask((8, 14, 14), blocks, scale, (0.75, 1.5), context_ratio,
-                                 target_ratio)
-        context, targets = sampler.sample([0], seed=0)
-        tokens = np.full(8 * 14 * 14, "·")
+    """Print the first time step of a short-range and of a long-range mask."""
+    grid = (8, 14, 14)
+    for name, *settings in (("8 blocks of 15 %", 8, 0.15, (0.75, 1.5), 0.20, 0.50),
+                            ("2 blocks of 70 %", 2, 0.70, (0.75, 1.5), 0.07, 0.70)):
+        context, targets = MultiBlockMask(grid, *settings).sample([0], seed=0)
+        tokens = np.full(math.prod(grid), "·")
         tokens[context[0]], tokens[targets[0]] = "o", "#"
-        print(f"\n{name}: {blocks} blocks of {scale:.0%} of the frame; {context.shape[1]} context "
-              f"tokens (o) and {targets.shape[1]} targets (#) of {tokens.size}. Time step 0:")
-        for row in tokens.reshape(8, 14, 14)[0]:
-            print("  " + " ".join(row))
+        print(f"\n{name} of the frame: {context.shape[1]} context tokens (o) and "
+              f"{targets.shape[1]} targets (#) of {tokens.size}, time step 0")
+        print(*(" ".join(row) for row in tokens.reshape(grid)[0]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import BadFiles, DataError, num_workers
+from data import DataError
+from runtime.loading import BadFiles, num_workers
 from model import MLP, init_weights
 from runtime import report
 from runtime.features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, on_clips,

@@ -54,25 +54,18 @@ class Config:
     mlp_ratio: float = flag(4.0, "hidden width of an MLP over its width", above=0)
     predictor_dim: int = flag(384, "predictor width", least=1)
     predictor_depth: int = flag(12, "predictor blocks", least=1)
-    init_std: float = flag(0.02, "std of initial weights; 0: 1 / sqrt(fan-in), for narrow models",
-                           least=0)
-    num_blocks: list[int] = flag([8, 2], "mask blocks per clip, for each mask set", least=1)
-    spatial_scale: list[float] = flag([0.15, 0.7], "area of a block as a fraction of the frame, "
-                                      "for each mask set", above=0, most=1)
-    aspect_ratio: list[float] = flag([0.75, 1.5], "lowest and highest height / width of a block",
-                                     above=0)
-    context_ratio: list[float] = flag([0.20, 0.07], "fraction of the tokens kept as context, for "
-                                      "each mask set", above=0, most=1)
-    target_ratio: list[float] = flag([0.50, 0.70], "fraction of the tokens kept as targets, for "
-                                     "each mask set", above=0, most=1)
-    masking: str = flag("", "multi-block, random, tube, ...; '': the method's own",
-                        ("", *methods.SAMPLERS))
-    mask_ratio: float = flag(0.0, "masked fraction of random and tube masks; 0: the method's own",
-                             least=0, most=1)
+    init_std: float = flag(0.02, "std of initial weights; 0: 1 / sqrt(fan-in)", least=0)
+    # The paper's two mask sets: a number for each of them.
+    num_blocks: list[int] = flag([8, 2], "mask blocks per clip", least=1)
+    spatial_scale: list[float] = flag([0.15, 0.7], "area of a block / frame", above=0, most=1)
+    aspect_ratio: list[float] = flag([0.75, 1.5], "least and most height / width", above=0)
+    context_ratio: list[float] = flag([0.20, 0.07], "tokens kept as context", above=0, most=1)
+    target_ratio: list[float] = flag([0.50, 0.70], "tokens kept as targets", above=0, most=1)
+    masking: str = flag("", "'': the method's own masks", ("", *methods.SAMPLERS))
+    mask_ratio: float = flag(0.0, "of random and tube masks; 0: the method's", least=0, most=1)
     steps: int = flag(90_000, "optimizer steps", least=1)
     batch_size: int = flag(3072, "clips per optimizer step, over all processes", least=1)
-    warmup: float = flag(12 / 90, "fraction of the steps in which the learning rate rises",
-                         least=0, most=1)
+    warmup: float = flag(12 / 90, "fraction of the steps with rising rate", least=0, most=1)
     lr_start: float = flag(2e-4, "learning rate before warm-up", least=0)
     lr: float = flag(6.25e-4, "learning rate after warm-up", above=0)
     lr_end: float = flag(1e-6, "learning rate at the end of its cosine", least=0)
@@ -81,8 +74,7 @@ class Config:
     momentum_start: float = flag(0.996, "target encoder's momentum at step 0", least=0, most=1)
     momentum_end: float = flag(1.0, "target encoder's momentum at the end", least=0, most=1)
     momentum_schedule: str = flag("cosine", "how it gets there (release: linear)", ema.SCHEDULES)
-    schedule_stretch: float = flag(1.0, "lengthen all schedules, cut off at --steps "
-                                   "(release: 1.25)", least=1)
+    schedule_stretch: float = flag(1.0, "lengthen schedules beyond --steps", least=1)
     clip_grad: float = flag(10.0, "largest gradient norm, for encoder and predictor each", above=0)
     seed: int = flag(0, "seed of weights, clips, crops and masks", least=0)
     eval_every: int = flag(500, "steps between evaluations of the features", least=1)
@@ -90,17 +82,12 @@ class Config:
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints", least=1)
     micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
-    workers: int = flag(-1, "processes that decode, for each training process; -1: one per core, "
-                        "at most 8", least=-1)
+    workers: int = flag(-1, "processes that decode; -1: one per core, at most 8", least=-1)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    precision: str = flag("auto", "auto: fp32, but on CUDA bf16 or else fp16",
-                          ("auto", *distributed.DTYPES))
-    compile: str = flag("auto", "compile the transformer blocks; auto: on CUDA",
-                        ("auto", "on", "off"))
-    checkpoint_activations: bool = flag(False, "recompute activations in the backward pass to save "
-                                        "memory")
-    log: str = flag("", "log to TensorBoard or Weights & Biases, beside metrics.csv",
-                    ("", "tensorboard", "wandb"))
+    precision: str = flag("auto", "auto: bf16 or fp16 on CUDA", ("auto", *distributed.DTYPES))
+    compile: str = flag("auto", "compile the blocks; auto: on CUDA", ("auto", "on", "off"))
+    checkpoint_activations: bool = flag(False, "recompute activations in backward, to save memory")
+    log: str = flag("", "where to log beside metrics.csv", ("", "tensorboard", "wandb"))
 
 
 PRESETS = {
@@ -115,8 +102,7 @@ PRESETS = {
     "vitb16": Config(embed_dim=768, depth=12, num_heads=12),
     "vitl16": Config(),
     "vith16": Config(embed_dim=1280, depth=32),
-    "vith16_384": Config(embed_dim=1280, depth=32, img_size=384, batch_size=2400,
-                         micro_batch=12),
+    "vith16_384": Config(embed_dim=1280, depth=32, img_size=384, batch_size=2400, micro_batch=12),
 }
 
 

@@ -15,6 +15,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -150,8 +151,9 @@ def do(job, args):
     if code:
         raise StudyError(f"probing {folder} failed with exit code {code}: see {log}")
     shutil.rmtree(folder / "features")
-    result = {**job._asdict(), "steps": config.steps,
-              "seconds": round(sum(map(float, times.read_text().split())), 1),
+    # Nobody measured the time of a run whose command was copied from --list.
+    seconds = sum(map(float, times.read_text().split())) if times.exists() else math.nan
+    result = {**job._asdict(), "steps": config.steps, "seconds": round(seconds, 1),
               "clips": config.steps * config.batch_size,
               "results": json.loads((folder / "probe.json").read_text())["results"]}
     temporary = file.with_suffix(".tmp")
@@ -162,19 +164,18 @@ def do(job, args):
 
 def do_all(jobs, args, title):
     """Do jobs, args.jobs of them at a time -> their rows. Raises StudyError if one fails."""
-    results = []
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(do, job, args) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), title, len(futures), disable=None):
-                results.append(future.result())
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGTERM)  # train.py saves a checkpoint first
             raise
-    return [row for result in results for row in rows(result)]
+    return [row for future in futures for row in rows(future.result())]
 
 
 def rows(result):
@@ -207,23 +208,25 @@ def choose_rates(trials):
     return {run: lr for run, (_, lr) in best.items()}
 
 
-def write_csv(path, rows):
-    """One line per row, sorted."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def write_csv(path, table):
+    """Write a list of dicts, sorted by run, learning rate and seed."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["run"], row["lr"], row["seed"])))
+        writer.writerows(sorted(table, key=lambda row: (row["run"], row["lr"], row["seed"])))
 
 
 def print_commands(trials, runs, rates, args):
     """Print the commands of all jobs; rates: {run: learning rate}, empty if not yet chosen."""
+    print("export OMP_NUM_THREADS=1")
     for title, jobs in (("trials of learning rates", trials), ("runs", runs)):
         print(f"# {len(jobs)} {title}")
         if jobs is runs and not rates:
             print(f"# the trials are not done yet: --lr {jobs[0].lr:g} stands for the best one")
-        for command in (command for job in jobs for command in commands(job, args)[2:]):
-            print(shlex.join(["python", *command]))
+        for job in jobs:
+            for command in commands(job, args)[2:]:
+                print(shlex.join(["python", *command]))
 
 
 def main(args):
@@ -277,6 +280,8 @@ def parse_args(arguments=None):
         parser.error(f"there is no table {unknown[0]}, only 1 to {len(TABLES)}")
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
+    if "--data" in args.train_flags:
+        parser.error("--data cannot be changed: the tables need the two tasks of synthetic clips")
     args.tables = [known[word] for word in given[:first]] or list(TABLES)
     as_they_are = args.tables == list(TABLES) and not args.train_flags
     args.out = args.out or ("docs" if as_they_are else "out")
@@ -292,3 +297,5 @@ if __name__ == "__main__":
         main(parse_args())
     except (StudyError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues from here")

@@ -1,8 +1,7 @@
 """A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit.
 
-checkpoint-STEP.pt holds the networks, optimizer, gradient scaler, step, skipped steps,
-configuration and code version. It needs no random states: clips and masks are functions of (seed,
-sample id), and train.py seeds torch once per step.
+checkpoint-STEP.pt needs no random states: clips and masks are functions of (seed, sample id), and
+train.py seeds torch once per step.
 """
 
 import copy
@@ -22,10 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def code_version():
-    """12 hexadecimal digits that change with any Python file that training or probing can import.
-
-    That is every *.py at the root and in runtime/, video/ and comparisons/, new ones too.
-    """
+    """12 hexadecimal digits that change with any Python file that training can import."""
     digest = hashlib.sha256()
     for folder in (ROOT, ROOT / "runtime", ROOT / "video", ROOT / "comparisons"):
         for path in sorted(folder.glob("*.py")):
@@ -63,9 +59,8 @@ def _sync(path):
 def save(run_dir, step, config, model, optimizer, scaler, skips):
     """Write run_dir/checkpoint-STEP.pt and keep the one before it. Only the first process writes.
 
-    The file is written under another name, synced to the disk and then renamed, which is atomic:
-    a crash leaves either all of it or none. Raises CheckpointError, for example if the disk is
-    full.
+    It is written to the disk under another name and then renamed, so a crash leaves all of it or
+    none. Raises CheckpointError, for example if the disk is full.
     """
     if int(os.environ.get("RANK", 0)):
         return
@@ -95,7 +90,7 @@ def save(run_dir, step, config, model, optimizer, scaler, skips):
 
 
 def _damage(path):
-    """Why a checkpoint cannot be read, or None. torch.load does not verify checksums."""
+    """The reason why a file is not readable, or None. torch.load does not verify checksums."""
     try:
         with zipfile.ZipFile(path) as file:
             corrupt = file.testzip()
@@ -107,35 +102,33 @@ def _damage(path):
 def latest(run_dir, config, may_change, quiet=False):
     """The dict of a run's latest readable checkpoint, or None if there is no checkpoint yet.
 
-    may_change: names of the fields of config that may differ; quiet: print no notes. Raises
-    CheckpointError if no checkpoint is readable, or if it contains code; ValueError if the run has
-    another configuration.
+    may_change: fields of config that may differ; quiet: print no notes. Raises CheckpointError if
+    none is readable or if it contains code, ValueError if the run has another configuration.
     """
-    paths = sorted(run_dir.glob("checkpoint-*.pt"), reverse=True)
-    for path, previous in zip(paths, [*paths, None][1:], strict=True):
-        if not (reason := _damage(path)):
-            break
-        if not previous:
+    paths = sorted(run_dir.glob("checkpoint-*.pt"))
+    while paths and (reason := _damage(paths[-1])):
+        path = paths.pop()
+        if not paths:
             raise CheckpointError(f"{path}: not readable ({reason}), and there is no other: "
                                   "--restart starts over")
         if not quiet:
-            print(f"{path}: not readable ({reason}); continuing from {previous.name}",
+            print(f"{path}: not readable ({reason}); continuing from {paths[-1].name}",
                   file=sys.stderr)
-    if len(names := set(all_gather(path.name if paths else None))) > 1:
+    if len(names := set(all_gather(paths[-1].name if paths else None))) > 1:
         raise CheckpointError(f"{run_dir}: processes see different checkpoints, {names}: runs/ "
                               "must be a folder that all machines share")
     if not paths:
         return None
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(paths[-1])
     # A field that was added to the code since then had its default.
     new, old = asdict(config), asdict(type(config)()) | saved.get("config", {})
     differing = [f"{name} {old[name]}, not {new[name]}"
                  for name in new if name not in may_change and old[name] != new[name]]
     if differing:
-        raise ValueError(f"{run_dir} was made with {'; '.join(differing)}: pass another --name, or "
-                         "--restart to start over")
+        raise ValueError(f"{run_dir} was made with {'; '.join(differing)}: pass another --name, "
+                         "or --restart to start over")
     if saved.get("code") != CODE_VERSION and not quiet:
-        print(f"note: {path.name} was written by another version of the code", file=sys.stderr)
+        print(f"note: {paths[-1].name} was written by another version of the code", file=sys.stderr)
     return saved
 
 

@@ -29,18 +29,13 @@ def pick_device(name):
 
 
 def setup_device(name):
-    """--device -> (rank, world_size, device) of this process, as torchrun started it.
-
-    Raises ValueError if the device is missing, or if there are fewer GPUs than processes.
-    """
+    """--device -> (rank, world_size, device) of this process. Raises ValueError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(name)
     if device.type == "cuda" and world_size > 1:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"no GPU for process {local_rank} of this machine, which has "
-                             f"{torch.cuda.device_count()}: lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there is no GPU {device.index}: lower --nproc_per_node")
         torch.cuda.set_device(device)
     return rank, world_size, device
 
@@ -66,23 +61,19 @@ def split_batch(batch_size, micro_batch, world_size):
         raise ValueError(f"--batch-size {batch_size} is not divisible by {world_size} processes")
     micro_batch = min(micro_batch or share, share)
     if share % micro_batch:
-        raise ValueError(f"--micro-batch {micro_batch} does not divide the {share} clips that each "
-                         f"of {world_size} processes takes of --batch-size {batch_size}")
+        raise ValueError(f"--micro-batch {micro_batch} does not divide {share}, the clips per "
+                         "process of --batch-size")
     return micro_batch, share // micro_batch
 
 
 def pick_precision(name, device):
-    """--precision -> fp32, bf16 or fp16; auto: the fastest one in which `device` trains safely.
-
-    Raises ValueError if the device cannot train in it.
-    """
+    """--precision -> fp32, bf16 or fp16; auto: the fastest that trains safely. Raises ValueError."""
     if name == "auto" and device.type != "cuda":
         return "fp32"
     if name == "auto":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if name == "fp16" and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks: "
-                         "use bf16 or fp32")
+        raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks")
     return name
 
 
@@ -97,9 +88,8 @@ def pick_compile(name, device, masking):
 def compile_blocks(model, num_mask_sets, backend="inductor"):
     """Compile the transformer blocks of a model, once for every shape that they are called with.
 
-    All blocks share their graphs: one for the target encoder, two for each mask set. That takes
-    seconds, where a graph of the whole loss takes minutes, and works with DDP and activation
-    checkpointing, which act between blocks.
+    All blocks share their graphs: one for the target encoder, two per mask set. That takes seconds,
+    where a graph of the whole loss takes minutes.
     """
     # Beyond this limit, 8 by default, dynamo would run the blocks uncompiled.
     torch._dynamo.config.cache_size_limit = max(8, 1 + 2 * num_mask_sets)
@@ -119,8 +109,7 @@ def wrap_ddp(model, world_size):
     """The module to call for the loss: `model` itself, or DDP, which averages its gradients."""
     if world_size == 1:
         return model
-    # No static_graph: every weight has a gradient in every step, so it would save nothing, and it
-    # does not support accumulation under no_sync.
+    # Buffers are equal on all processes. The option has another name in newer versions of torch.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
@@ -133,18 +122,17 @@ def to_device(batch, device):
 
 
 def mean_and_any(values, flags, device):
-    """Means of numbers and logical "or" of flags over all processes, in a single exchange.
+    """Means of values and logical "or" of flags over all processes, in a single all_reduce.
 
-    values: floats or scalar tensors; flags: bools -> ([float, ...], [bool, ...]), the same on every
-    process.
+    values: floats or scalar tensors; flags: bools -> ([float, ...], [bool, ...]).
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
     sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
-                        for x in (*(value / world_size for value in values), *flags)])
+                        for x in (*values, *flags)])
+    world_size, n = 1, len(values)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    sums = sums.tolist()
-    return sums[:len(values)], [count > 0 for count in sums[len(values):]]
+        world_size = dist.get_world_size()
+    return (sums[:n] / world_size).tolist(), (sums[n:] > 0).tolist()
 
 
 def all_gather(obj):
@@ -157,10 +145,7 @@ def all_gather(obj):
 
 
 def peak_memory(device):
-    """Most bytes that this process has used so far: on the GPU, or in main memory.
-
-    0 if the operating system does not report it (Windows).
-    """
+    """Most bytes used so far: on the GPU, or by this process in main memory (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

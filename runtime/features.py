@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import Batch, DataError, loader, open_clips
+from data import Batch, DataError, open_clips
+from runtime.loading import loader
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.checkpoint import CODE_VERSION
 from runtime.distributed import pick_device

@@ -6,16 +6,16 @@ from dataclasses import field, fields, replace
 from typing import get_args, get_origin
 
 
-def flag(default, help, choices=None, least=None, most=None, above=None):
-    """A dataclass field with its --help text and the values that it may take.
+def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-math.inf):
+    """A dataclass field with its --help text and the values that it, or a list's items, may take.
 
     choices: the allowed values; least and most: an inclusive range; above: an exclusive lower
-    bound. Of a list, every element is checked. Numbers must be finite in any case.
+    bound. Numbers must be finite in any case.
     """
     metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most,
                 "above": above}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -24,27 +24,23 @@ def flag_name(name):
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser, config_class):
-    """Add a flag to an argparse parser for every field of a dataclass made of `flag` fields."""
+def parse(parser, config_class, arguments=None, defaults=None):
+    """Parse a command line -> (config, namespace of the parser's other arguments).
+
+    parser: argparse's, which gets a flag for every field; defaults: function from that namespace
+    to the config that flags change, if not config_class(). Exits with code 2 and one line if a flag
+    is unknown or out of its range.
+    """
     for f in fields(config_class):
         # A flag that is not given leaves no attribute, so that defaults stay in one place.
         options = {"help": f.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
         if f.type is bool:
-            parser.add_argument(flag_name(f.name), action=argparse.BooleanOptionalAction, **options)
-            continue
-        many = get_origin(f.type) is list
-        parser.add_argument(flag_name(f.name), choices=f.metadata["choices"],
-                            type=get_args(f.type)[0] if many else f.type,
-                            nargs="*" if many else None, **options)
-
-
-def parse(parser, config_class, arguments=None, defaults=None):
-    """Parse a command line -> (config, namespace of the parser's other arguments).
-
-    defaults: function from that namespace to the config that flags change, if not config_class().
-    Exits with code 2 and one line if a flag is unknown or out of its range.
-    """
-    add_flags(parser, config_class)
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(f.type) is list:
+            options |= {"type": get_args(f.type)[0], "nargs": "*", "choices": f.metadata["choices"]}
+        else:
+            options |= {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument(flag_name(f.name), **options)
     given = parser.parse_args(arguments)
     names = {f.name for f in fields(config_class)}
     flags = {name: value for name, value in vars(given).items() if name in names}
@@ -61,20 +57,15 @@ def check(config):
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
         for item in value if isinstance(value, list) else [value]:
-            if item is None or isinstance(item, bool):
-                continue
-            if limits["choices"] and item not in limits["choices"]:
-                wanted = f"one of {', '.join(map(repr, limits['choices']))}"
-            elif not isinstance(item, int | float):
-                continue
-            elif not math.isfinite(item):
-                wanted = "a finite number"
-            elif limits["least"] is not None and item < limits["least"]:
-                wanted = f"at least {limits['least']:g}"
-            elif limits["above"] is not None and item <= limits["above"]:
-                wanted = f"above {limits['above']:g}"
-            elif limits["most"] is not None and item > limits["most"]:
-                wanted = f"at most {limits['most']:g}"
-            else:
-                continue
-            raise ValueError(f"{flag_name(f.name)} {item} must be {wanted}")
+            rules = {}
+            if limits["choices"]:
+                rules[f"one of {', '.join(map(repr, limits['choices']))}"] = (
+                    item in limits["choices"])
+            if isinstance(item, int | float):
+                rules |= {"a finite number": math.isfinite(item),
+                          f"at least {limits['least']:g}": item >= limits["least"],
+                          f"above {limits['above']:g}": item > limits["above"],
+                          f"at most {limits['most']:g}": item <= limits["most"]}
+            for wanted, met in rules.items():
+                if not met:
+                    raise ValueError(f"{flag_name(f.name)} {item} must be {wanted}")

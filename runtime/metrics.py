@@ -1,7 +1,7 @@
 """What features are worth, without training anything: spread, rank and k-NN accuracy.
 
-The training loop measures these on a fixed set of clips, because its loss does not tell whether
-anything is learned. probe.py uses the k-NN vote.
+The training loop measures these on a fixed set of clips, because its loss does not measure
+progress.
 """
 
 import math
@@ -54,13 +54,13 @@ def knn_predict(train, labels, test, k=10):
 
 @torch.no_grad()
 def feature_metrics(model, batches):
-    """Is a model learning something, or collapsing? Metrics on a fixed set of clips.
+    """Is a model learning something, or collapsing? {name: float} on a fixed set of clips.
 
-    batches: an iterable of (clips, masks, labels {task: (B,)}) -> floats, of layer-normed features
-    of the probed network: std_clips, std over clips at a position (0: all clips look the same);
-    std_tokens, std over the tokens of a clip (0: all positions look the same); rankme; knn_TASK,
-    k-NN accuracy among these clips; relative_loss, the loss over that of the best prediction that
-    knows nothing but a token's position (1: content is not used; only for methods with targets).
+    batches: an iterable of (clips, masks, labels {task: (B,)}). Of layer-normed features of the
+    probed network: std_clips, over clips at a position (0: all clips look the same); std_tokens,
+    over the tokens of a clip; rankme; knn_TASK, k-NN accuracy among these clips; and, for methods
+    with targets, relative_loss: the loss over that of the best prediction that knows nothing but a
+    token's position (1: content is not used).
     """
     features, targets, losses, labels = [], [], [], {}
     for clips, masks, batch_labels in batches:

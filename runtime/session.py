@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import BadFiles, loader, num_workers, open_clips
+from data import open_clips
+from runtime.loading import BadFiles, loader, num_workers
 from masks import sample_masks
 from runtime import checkpoint, distributed, monitor
 from runtime.metrics import feature_metrics

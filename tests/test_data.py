@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 import data
-from data import BadFiles, Batch, DataError, loader, open_data, random_crop, read_clip, short_side
+from data import Batch, DataError, open_data, random_crop, read_clip, short_side
+from runtime.loading import BadFiles, loader
 from masks import MultiBlockMask, sample_masks
 from tests.conftest import write_video
 

@@ -25,12 +25,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import DataError, VideoClips, loader, num_workers
+from data import DataError, VideoClips
 from masks import sample_masks
 from runtime import distributed
+from runtime.loading import loader, num_workers
 from runtime.session import open_datasets
-from video.decode import (describe, is_still, normalize, random_resized_crop, read_clip,
-                          video_frames)
+from video.decode import describe, is_still, normalize, random_resized_crop, read_clip, video_frames
 
 WARM_UP, STEPS = 5, 20
 
@@ -82,8 +82,8 @@ class Timer:
 def training_step(config, model, optimizer, batches, device, precision, timer):
     """A function that takes one step as train.py does, with its parts measured by a Timer.
 
-    The model's parts are measured where its own `forward` calls them, so that no loss can be
-    measured but the one that is trained.
+    They are measured where the model's own `forward` calls them, so the loss that is measured is
+    always the loss that is trained.
     """
     timer.wrap(model, "targets", "target encoder")
     timer.wrap(model.encoder, "forward", "context encoder")
@@ -113,7 +113,7 @@ def training_step(config, model, optimizer, batches, device, precision, timer):
 
 
 def bench(config):
-    """Take some training steps and print how long each part lasts; config: train.Config."""
+    """Take some training steps and print how long each part takes; config: train.Config."""
     _, _, device = distributed.setup_device(config.device)
     precision = distributed.pick_precision(config.precision, device)
     micro_batch, _ = distributed.split_batch(config.batch_size, config.micro_batch, 1)

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 import probe
-from data import BadFiles, DataError, num_workers, open_clips
+from data import DataError, open_clips
 from runtime import report
 from runtime.features import PROTOCOLS, encode_batches, open_encoder
 from runtime.flags import parse
+from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError
 
 

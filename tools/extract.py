@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadFiles, DataError, num_workers, open_clips
+from data import DataError, open_clips
 from runtime.features import encode
 from runtime.flags import parse
+from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError
 from tools.classify import open_from_flags, probe_flags
 

@@ -5,7 +5,10 @@
 """
 
 import argparse
+import math
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from comparisons.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
 from tools.visualize import draw_films, tokens_to_pixels
-from video.decode import denormalize
+from video.decode import denormalize, describe, read_clip, resize_short_side
 
 MASK_SETS = {"short range:\n8 blocks of 15 %": (8, 0.15, (0.75, 1.5), 0.20, 0.50),
              "long range:\n2 blocks of 70 %": (2, 0.70, (0.75, 1.5), 0.07, 0.70)}
@@ -59,6 +62,32 @@ def draw_masks(file, grid=(8, 14, 14), tubelet=(2, 16, 16), batch_size=24, num_b
     figure.savefig(file, dpi=100)
 
 
+def summarize(dataset):
+    """Lines about a data set. Of a large one about 500 files, evenly spread, are opened."""
+    yield f"{dataset.name}: {len(dataset)} clips"
+    for task, names in dataset.class_names.items():
+        counts = dataset.labels(range(len(dataset)))[task].bincount(minlength=len(names)).tolist()
+        sizes = ", ".join(f"{name} ({n})" for name, n in zip(names[:50], counts, strict=False))
+        yield f"{task}: {len(names)} classes: {sizes}{', ...' * (len(names) > 50)}"
+    if not dataset.class_names:
+        yield "no labels"
+    kinds, facts, bad = Counter(), [], []
+    paths = getattr(dataset, "paths", [])
+    for path in paths[::math.ceil(len(paths) / 500) or 1]:
+        try:
+            read_clip(path, 1, 1, crop=partial(resize_short_side, 16))
+            kind, *numbers = describe(path)
+            kinds[kind] += 1
+            facts.append(numbers)
+        except DataError as error:
+            bad.append(f"unreadable: {error}")
+    yield from (f"{count} x {kind}" for kind, count in kinds.most_common(8))
+    for name, values in zip(("height", "width", "seconds"), np.transpose(facts), strict=False):
+        low, middle, high = np.quantile(values, (0, 0.5, 1))
+        yield f"{name} {low:.4g} to {high:.4g}, median {middle:.4g}"
+    yield from [f"{len(bad)} unreadable", *bad] if bad else []
+
+
 def draw_clips(dataset, file, rows=8):
     """A contact sheet: clips from all classes, one per row, with their captions."""
     labels = next(iter(dataset.labels(range(len(dataset))).values()), torch.zeros(len(dataset)))
@@ -67,7 +96,9 @@ def draw_clips(dataset, file, rows=8):
     if not len(batch.clips):
         raise DataError(f"none of {len(evenly)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]
-    draw_films({"": denormalize(batch.clips)}, captions, dataset.name, "", file, height=1.3)
+    T = batch.clips.shape[2]
+    draw_films({"": denormalize(batch.clips)}, captions, dataset.name,
+               f"{min(T, 8)} of the {T} frames of each clip", file, height=1.3)
 
 
 def main(arguments=None):
@@ -92,7 +123,7 @@ def main(arguments=None):
     else:
         dataset = open_clips(args.paths, args.num_frames, args.frame_step, args.img_size,
                              fps=args.fps, train=False)
-        print(*dataset.summary(), sep="\n")
+        print(*summarize(dataset), sep="\n")
         draw_clips(dataset, file)
     print(f"drawn: {file}")
 

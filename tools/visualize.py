@@ -3,7 +3,7 @@
     python -m tools.visualize                            the latest run -> runs/NAME/pictures/
     python -m tools.visualize --checkpoint runs/NAME --data videos/ --out docs
 
-features.png, .gif  the target encoder's tokens, coloured by their first three principal components
+features.png, .gif  the encoder's tokens, coloured by their first three principal components
 attention.png       where the query of an attentive probe looks, in space and time
 predictions.png     the predicted features of masked tokens, decoded to pixels
 neighbours.png      clips and their nearest neighbours, by frozen features and by pixels
@@ -28,11 +28,12 @@ from torch import nn
 from tqdm import tqdm
 
 from comparisons.mae import unpatchify
-from data import BadFiles, DataError, num_workers, open_clips
+from data import DataError, open_clips
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
 from probe import accuracy, fit_attentive, predict, split_for_validation, standardize
 from runtime.features import CACHE, encode, open_encoder, open_splits
+from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
 
@@ -62,7 +63,7 @@ def draw_films(films, captions, title, explanation, path, height=0.6):
         axis.text(-0.01, 0.5, text, ha="right", va="center", transform=axis.transAxes)
     figure.suptitle(title)
     figure.supxlabel(textwrap.fill(explanation, round(13 * (width + 2.4))), fontsize=9)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def tokens_to_pixels(values, grid, tubelet):
@@ -98,7 +99,7 @@ def draw_features(tokens, shown, images, captions, shape, out):
     colours, explained = principal_colours(tokens)
     coloured = tokens_to_pixels(colours[shown], *shape)
     draw_films({"clip": images, "tokens": coloured}, captions,
-               "Clips, and below them the tokens of the target encoder",
+               "Clips, and below them their tokens by the frozen encoder",
                "Colour: the first three principal components of the tokens of all clips, which "
                f"explain {explained:.0%} of their variance; the same colour means similar features "
                "in all clips. The mean of each position over the clips is subtracted.",
@@ -292,8 +293,8 @@ def main(args):
     else:
         print("no attention.png: a probe needs labels")
     checkpoint = load_checkpoint(path)
-    if "target_encoder" not in checkpoint or not any("mask_tokens" in key
-                                                     for key in checkpoint["predictor"]):
+    if "target_encoder" not in checkpoint or not any(
+            "mask_tokens" in key for key in checkpoint.get("predictor", ())):
         print("no predictions.png: this method does not predict features of masked tokens")
         return
     # The decoder learns from single tokens, so the number of clips depends on their tokens.

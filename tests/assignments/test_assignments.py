@@ -132,6 +132,20 @@ def test_a_later_part_has_its_points_when_the_earlier_ones_are_not_written(numbe
     assert all(entry["status"] == "passed" for entry in results["later", number]["tests"])
 
 
+@pytest.mark.parametrize("text", ["def f(:", "x = '\0'", "def g():\n    return 2\n"])
+def test_a_file_without_the_function_or_that_does_not_parse_is_left_alone(text, tmp_path):
+    (tmp_path / "file.py").write_text(text)
+    grade.solve(tmp_path / "file.py", "f", "def f():\n    return 1\n")
+    assert (tmp_path / "file.py").read_text() == text
+
+
+def test_only_the_function_that_is_solved_changes(tmp_path):
+    (tmp_path / "file.py").write_text("class A:\n    @b\n    def f(self):\n        no\n\n\nx = 1\n")
+    grade.solve(tmp_path / "file.py", "A.f", "import c\n\n\nclass A:\n    def f(x):\n        yes\n")
+    assert (tmp_path / "file.py").read_text() == (
+        "class A:\n    def f(x):\n        yes\n\n\nx = 1\n")
+
+
 @pytest.mark.parametrize("number", WRONG)
 def test_a_solution_that_is_nearly_right_loses_points(number, results):
     result = results["wrong", number]

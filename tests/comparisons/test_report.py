@@ -1,7 +1,12 @@
+import shutil
+from pathlib import Path
+
 import pytest
 
-from comparisons import report as findings
-from comparisons.study import TABLES
+from comparisons import report
+from comparisons.report import TABLES
+
+DOCS = Path(report.__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize("better, worse, word", [
@@ -13,36 +18,47 @@ from comparisons.study import TABLES
     ([0.80, 0.81, 0.82], [0.78, 0.79, 0.80], "within noise"),
 ])
 def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, word):
-    assert findings.verdict(better, worse).split(" ", 1)[1] == word
+    assert report.verdict(better, worse).split(" ", 1)[1] == word
 
 
 def test_a_verdict_begins_with_the_difference():
-    assert findings.verdict([0.5, 0.6, 0.7], [0.70, 0.85, 0.90]) == "-0.217 within noise"
+    assert report.verdict([0.5, 0.6, 0.7], [0.70, 0.85, 0.90]) == "-0.217 within noise"
 
 
 def test_the_spread_of_a_single_value_is_0():
-    assert findings.mean_and_spread([0.4]) == (0.4, 0.0)
+    assert report.mean_and_spread([0.4]) == (0.4, 0.0)
 
 
 def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("run,seed,motion attentive 1\na,0,0.5\na,1,0.7\nb,0,0.1\n")
-    runs = findings.read(path)
+    runs = report.read(path)
     assert runs["a"] == {"seed": [0, 1], "motion attentive 1": [0.5, 0.7]}
-    assert findings.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.141"
-    assert findings.cell(None) == "-"
-
-
-def test_fixed_size_masks_keep_as_much_of_every_time_step_and_cut_ones_do_not():
-    for name, steps in findings.kept_per_step().items():
-        assert (max(steps) < 1.1 * min(steps)) == ("fixed" in name), name
+    assert report.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.141"
+    assert report.cell(None) == "-"
 
 
 @pytest.mark.parametrize("number, first", [(3, 0.5), (8, 0.3), (9, 10.0)])
 def test_rows_with_a_number_become_the_points_of_a_line(number, first):
     table = TABLES[number]
     runs = {name: {"seconds": [10.0 * (i + 1)]} for i, name in enumerate(table.runs)}
-    lines = findings.series_of(table, list(table.runs), runs)
+    lines = report.series_of(table, list(table.runs), runs)
     assert len(lines) == {3: 1, 8: 3, 9: 3}[number]
     points = next(iter(lines.values()))
     assert points[0][0] == first and points == sorted(points) and len(points) > 1
+
+
+def test_the_page_is_written_from_the_csv_files_in_docs(tmp_path, monkeypatch):
+    (tmp_path / "ablations").mkdir()
+    for path in (*DOCS.glob("ablations/*.csv"), DOCS / "ablations/command.txt"):
+        shutil.copy(path, tmp_path / "ablations")
+    pictures = []
+    monkeypatch.setattr(report, "draw", lambda table, runs, path: pictures.append(path.name))
+    report.write(tmp_path)
+    lines = (tmp_path / "ablations.md").read_text().splitlines()
+    assert pictures == [f"{number}.png" for number in TABLES]
+    assert "| features (V-JEPA) | 0.870 +- 0.025 | 0.553 +- 0.028 | 0.668 +- 0.012 | " \
+           "0.613 +- 0.017 | 12,800 | 118 |" in lines
+    assert "| features (V-JEPA) > pixels | -0.048 within noise | +0.109 agree | +0.046 agree | " \
+           "+0.146 agree |" in lines
+    assert "| vjepa | 0.669 | 0.698 | **0.700** | 0.683 |" in lines

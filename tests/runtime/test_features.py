@@ -2,7 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import BadFiles, DataError, open_clips
+from data import DataError, open_clips
+from runtime.loading import BadFiles
 from model import VJEPA, VisionTransformer
 from runtime import features
 from runtime.features import (MotionEnergy, OneFrame, encode, encode_batches, on_clips,
@@ -86,7 +87,7 @@ def test_free_disk_space_is_checked_first(videos, tmp_path, monkeypatch):
 
 def test_segments_follow_each_other_in_a_view(videos):
     dataset = open_clips([str(videos)], **CLIP, train=False, segments=3, views=2)
-    encoder, views = small_encoder(), dataset.views(5, 3, 2)  # (2, 3, 3, 4, 16, 16)
+    encoder, views = small_encoder(), dataset[5]  # (2, 3, 3, 4, 16, 16)
     [(_, [tokens])] = encode_batches([encoder], dataset, [5], BadFiles(), clips_per_batch=4)
     assert tokens.shape == (1, 2, 3 * 8, 24)
     for view in range(2):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import BadFiles, DataError, open_clips
+from data import DataError, open_clips
 from probe import AttentiveProbe
+from runtime.loading import BadFiles
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
 from tools import classify

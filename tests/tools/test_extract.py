@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import BadFiles, open_clips
+from data import open_clips
 from model import VisionTransformer
+from runtime.loading import BadFiles
 from tests.conftest import GOLDEN
 from tools import extract
 

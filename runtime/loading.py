@@ -1,0 +1,83 @@
+"""Reading clips in the background: worker processes, and what to do about unreadable files."""
+
+import math
+import os
+import signal
+import sys
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from video.decode import DataError
+
+
+class BadFiles:
+    """Reports each unreadable file once, and stops the run when there are too many.
+
+    Too many: more than 3, and more than max_bad of the files tried, where fewer than 1000 tried (or
+    `total`, if the set is smaller) count as that many. With max_bad 0, one is too many.
+    """
+
+    def __init__(self, max_bad=0.05, total=math.inf):
+        self.max_bad, self.total, self.tried, self.paths = max_bad, total, 0, set()
+
+    def report(self, batch):
+        """To be called with every Batch. Raises DataError."""
+        self.tried += len(batch.sample_ids)
+        for line in batch.bad:
+            path = line.split(": ")[0]
+            if path not in self.paths:
+                self.paths.add(path)
+                tqdm.write(f"unreadable: {line}", file=sys.stderr)
+        allowed = self.max_bad * min(self.total, max(self.tried, 1000))
+        if len(self.paths) > max(3 if self.max_bad else 0, allowed):
+            raise DataError(f"{len(self.paths)} unreadable files, listed above, are more than "
+                            f"{self.max_bad:.1%} of the data: fix them, or raise --max-bad")
+
+    def summary(self):
+        """Print how many there were, if any."""
+        if self.paths:
+            print(f"{len(self.paths)} unreadable files of {min(self.tried, self.total)} tried")
+
+
+def num_workers(wanted, processes=1):
+    """Worker processes for --workers; -1: share the cores with other processes, at most 8 each."""
+    return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
+
+
+class BatchMaker(Dataset):
+    """For a DataLoader: a list of sample ids -> Batch, with masks."""
+
+    def __init__(self, dataset, sample_masks):
+        self.dataset, self.sample_masks = dataset, sample_masks
+
+    def __getitem__(self, sample_ids):
+        batch = self.dataset.batch(sample_ids)
+        if self.sample_masks and len(batch.sample_ids):
+            batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
+        return batch
+
+
+def ignore_signals(worker):
+    """Ctrl-C reaches all processes of a terminal, but the main process decides what to do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
+    """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
+
+    Worker processes read ahead, each on one thread, and sample the masks (sample_masks: sample ids
+    -> masks). Raises DataError.
+    """
+    try:
+        # Without a generator of its own, DataLoader would draw from torch's global random state.
+        yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,
+                              num_workers=num_workers, pin_memory=pin_memory,
+                              worker_init_fn=ignore_signals, generator=torch.Generator())
+        return
+    except DataError as error:  # a worker's error has its traceback in its text
+        message = str(error).strip().split("DataError: ")[-1]
+        error.__traceback__ = None  # which would keep the workers alive
+    raise DataError(message)

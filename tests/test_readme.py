@@ -1,0 +1,91 @@
+"""Every recipe of the README is applied to a copy of the project, and its commands are run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import FAST
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = re.findall(r"(?ms)^\*\*([A-Z][\w ]+)\.\*\*.*?^```diff\n(.*?)^```\n```bash\n(.*?)^```",
+                     README)
+
+
+def apply(diff, folder):
+    """Apply a diff without line numbers: `--- file`, then hunks, with `@@` in between."""
+    file, hunks = diff.split("\n", 1)
+    path = folder / file.removeprefix("--- ")
+    source = path.read_text()
+    for hunk in re.split(r"(?m)^@@.*\n", hunks):
+        old, new = ("".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in kinds)
+                    for kinds in (" -", " +"))
+        assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in {path.name}"
+        source = source.replace(old, new)
+    path.write_text(source)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project's code."""
+    for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(file, tmp_path)
+    for folder in ("runtime", "video", "comparisons", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def run(folder, *command):
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_there_are_recipes_for_everything_people_change():
+    assert [name for name, *_ in RECIPES] == [
+        "Change the loss", "Change the masks", "Change the predictor", "Change the schedule",
+        "Add a method"]
+
+
+@pytest.mark.parametrize("name, diff, commands", RECIPES, ids=[name for name, *_ in RECIPES])
+def test_a_recipe_applies_and_its_commands_run(name, diff, commands, project):
+    apply(diff, project)
+    printed = {}
+    for command in commands.strip().split(" && "):
+        program, *arguments = command.split()[command.startswith("python "):]
+        if program == "probe.py":  # tested elsewhere, and slow
+            continue
+        if program == "pytest":
+            result = run(project, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
+        else:
+            small = [*FAST, "--steps", "2"] if program == "train.py" else []
+            result = run(project, program, *small, *arguments)
+            assert result.returncode == 0, result.stderr
+        printed[program] = result.stdout
+    if name == "Change the loss":
+        failed = re.findall(r"FAILED tests/test_model.py::(\w+)", printed["pytest"])
+        assert failed == ["test_loss_and_gradients_agree_with_the_release",
+                          "test_four_training_steps_agree_with_the_release",
+                          "test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets"]
+    if name == "Change the masks":
+        rows = printed["masks.py"].strip().splitlines()[1:15]
+        assert all(token in "#·" for row in rows[4:-4] for token in row.split()[4:-4])
+    if name == "Change the schedule":
+        assert "root             0.99600  0.99800" in printed["ema.py"]
+
+
+def test_every_link_to_a_file_has_its_file():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("assignments/*.md")]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_picture_in_docs_is_on_a_page():
+    pages = README + "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
+    for picture in [*ROOT.glob("docs/*.png"), *ROOT.glob("docs/*.gif")]:
+        assert picture.name in pages, picture
