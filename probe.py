@@ -20,18 +20,15 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from data import DataError
-from runtime.loading import BadFiles, num_workers
 from model import MLP, init_weights
 from runtime import report
-from runtime.features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, on_clips,
-                              open_encoder, open_splits, random_init_encoder)
+from runtime.evaluation import SourceConfig, compare, open_source
+from runtime.features import MotionEnergy, OneFrame, on_clips, open_splits, random_init_encoder
 from runtime.flags import check, flag, parse
 from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
@@ -98,10 +95,7 @@ class AttentivePooler(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Attentive pooling and a linear layer: features (B, N, D) -> logits (B, num_classes).
-
-    init_std as in model.init_weights.
-    """
+    """Attentive pooling and a linear layer: features (B, N, D) -> logits (B, num_classes)."""
 
     def __init__(self, embed_dim, num_heads, num_classes, init_std=0.02):
         super().__init__()
@@ -241,69 +235,15 @@ def probe_all(train, test, task, num_classes, num_heads, fraction=1.0, seed=0, r
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SourceConfig):
     """What to probe, on which clips, and how."""
 
-    checkpoint: str = flag("", "a run's folder or a checkpoint file (default: the latest run)")
-    data: list[str] = flag([], "labelled clips (default: what the run was trained on)")
     test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
-    split: str = flag("test", "split to test on: test, val, or leave-one-group-out")
-    protocol: str = flag("", "segments x views: k400 8 x 3, ssv2 2 x 3, image 1 x 1",
-                         ("", *PROTOCOLS))
-    segments: int = flag(0, "clips spread over a video; 0: by --protocol, or 1", least=0)
-    views: int = flag(0, "crops spread over a test clip; 0: by --protocol, or 1", least=0)
-    frame_step: int = flag(0, "take every n-th frame; 0: as in training, or 4", least=0)
-    fps: float = flag(0.0, "frames per second instead of --frame-step; 0: as in training", least=0)
-    label_fraction: list[float] = flag([0.1], "fractions of the labels to train probes with, "
-                                       "besides all of them", above=0, most=1)
+    label_fraction: list[float] = flag([0.1], "of the labels, besides all", above=0, most=1)
     seeds: int = flag(3, "probe seeds", least=1)
     controls: list[str] = flag(["random_init", "one_frame", "motion_energy"],
                                "what to probe besides the trained encoder",
                                ("random_init", "one_frame", "motion_energy"))
-    out: str = flag("", "folder for the results (default: beside the checkpoint)")
-    cache: str = flag(str(CACHE), "folder for stored features; safe to delete")
-    num_heads: int = flag(0, "attention heads, if the checkpoint does not record them", least=0)
-    batch_size: int = flag(50, "clips encoded at a time", least=1)
-    max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
-    workers: int = flag(-1, "processes that decode clips; -1: one per core, at most 8", least=-1)
-    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-
-
-def compare(encoders, train_set, test_set, folds, num_heads, config, device):
-    """Probe every encoder in every fold with every fraction of the labels and every seed.
-
-    encoders: {name: module}, the trained one first; folds: as from features.open_splits
-    -> (accuracies {(task, probe, column): (seeds, folds)}, confusion counts {task: (classes,
-    classes)} of the trained encoder's attentive probe with all labels, row: true class).
-    """
-    bad_files = BadFiles(config.max_bad)
-    train, test = (
-        encode(list(encoders.values()), dataset, sorted({i for fold in folds for i in fold[part]}),
-               bad_files, config.batch_size, num_workers(config.workers), f"encoding {name} clips",
-               config.cache)
-        for part, (name, dataset) in enumerate((("training", train_set), ("test", test_set))))
-    # Unreadable clips have no features.
-    rows = [[torch.tensor([row for row, i in enumerate(part[0].sample_ids) if i in wanted])
-             for part, wanted in zip((train, test), map(set, fold), strict=True)] for fold in folds]
-    fractions = sorted({1.0, *config.label_fraction}, reverse=True)
-    jobs = [(i, name, fraction, seed, fold, task) for i, name in enumerate(encoders)
-            for fraction in fractions for seed in range(config.seeds) for fold in range(len(folds))
-            for task in test_set.class_names if fraction == 1 or name in report.LEARNERS]
-    scores = {}
-    confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
-                 for task, names in test_set.class_names.items()}
-    for i, name, fraction, seed, fold, task in tqdm(jobs, "probes", leave=False, disable=None):
-        predictions = probe_all(train[i], test[i], task, len(confusion[task]), num_heads, fraction,
-                                seed, rows[fold], device)
-        labels = test[i].labels[task][rows[fold][1]]
-        for probe, classes in predictions.items():
-            key = task, probe, report.column(name, fraction)
-            table = scores.setdefault(key, np.zeros((config.seeds, len(folds))))
-            table[seed, fold] = accuracy(classes, labels)
-            if (probe, i, fraction) == ("attentive", 0, 1):
-                confusion[task].index_put_((labels, classes), torch.tensor(1), accumulate=True)
-    bad_files.summary()
-    return scores, confusion
 
 
 def main(config):
@@ -312,23 +252,19 @@ def main(config):
     -> {task: {probe: {column: accuracy}}}. Raises ValueError, DataError or CheckpointError.
     """
     check(config)
-    path, encoder, data, clip = open_encoder(config.checkpoint, config.data, config.device,
-                                             config.num_heads, config.frame_step, config.fps)
+    path, encoder, data, clip, protocol = open_source(config)
     device = next(encoder.parameters()).device
     controls = {
         "random_init": lambda: on_clips(random_init_encoder(path, config.num_heads),
                                         clip["num_frames"]).to(device),
         "one_frame": lambda: OneFrame(encoder), "motion_energy": MotionEnergy}
     encoders = {"trained": encoder, **{name: controls[name]() for name in config.controls}}
-    segments, views = PROTOCOLS.get(config.protocol, (1, 1))
-    train_set, test_set, folds = open_splits(
-        data, config.split, clip, config.test_data, segments=config.segments or segments,
-        views=config.views or views)
+    train_set, test_set, folds = open_splits(data, config.split, clip, config.test_data, **protocol)
     print(f"probing {path} on {train_set.name}: " + (
         f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
         f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)
-    scores, confusion = compare(encoders, train_set, test_set, folds, encoder.num_heads, config,
-                                device)
+    scores, confusion = compare(probe_all, encoders, train_set, test_set, folds, encoder.num_heads,
+                                config, device)
     folder = Path(config.out or (path if path.is_dir() else path.parent))
     return report.write(folder, scores, confusion, test_set.class_names, config.label_fraction,
                         asdict(config) | {"checkpoint": str(path), "data": data})

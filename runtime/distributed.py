@@ -128,11 +128,10 @@ def mean_and_any(values, flags, device):
     """
     sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
                         for x in (*values, *flags)])
-    world_size, n = 1, len(values)
     if dist.is_initialized():
         dist.all_reduce(sums)
-        world_size = dist.get_world_size()
-    return (sums[:n] / world_size).tolist(), (sums[n:] > 0).tolist()
+    means = sums[:len(values)] / (dist.get_world_size() if dist.is_initialized() else 1)
+    return means.tolist(), (sums[len(values):] > 0).tolist()
 
 
 def all_gather(obj):

@@ -1,8 +1,7 @@
 """Frozen features: each clip is decoded and encoded once, stored, and probed any number of times.
 
-Features are stored in cache/, in one memory-mapped float16 file for each encoder and set of clips.
-The name of a file is a hash of the encoder's weights, the clips, how they are cut and the code, so
-that features of a changed encoder are never reused. Any file there may be deleted at any time.
+Features are stored in cache/, in one memory-mapped float16 file for each encoder and set of clips,
+named by a hash of all that they depend on. Any file there may be deleted at any time.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ PROBE_SEED = 1_000_003  # no pretraining run has it, so synthetic clips are new 
 
 
 class Features(NamedTuple):
-    """Frozen features of n clips. The segments of a view follow each other among its N tokens."""
+    """Frozen features of n clips; the N tokens of a view are those of one segment after another."""
 
     tokens: torch.Tensor  # (n, V, N, D) float16, memory-mapped
     pooled: torch.Tensor  # (n, V, D) float32: the mean over the tokens
@@ -56,8 +55,7 @@ class OneFrame(nn.Module):
 class FrameByFrame(nn.Module):
     """An encoder of single frames, applied to every frame of a clip separately.
 
-    Such an encoder does not know a frame's time, so the sine-cosine embedding of the time is added
-    to the tokens; an attentive probe can then distinguish the frames.
+    The embedding of a frame's time is added to its tokens, so that a probe can tell frames apart.
     """
 
     def __init__(self, encoder, num_frames):
@@ -74,15 +72,12 @@ class FrameByFrame(nn.Module):
 
 
 class MotionEnergy(nn.Module):
-    """Pixel baseline: mean |difference of successive frames| in 4 x 8 x 8 cells.
-
-    forward: clips (B, C, T, H, W) -> (B, 1, 256), as if it were a single token.
-    """
+    """Pixel baseline: mean |difference of successive frames| in 4 x 8 x 8 cells, as one token."""
 
     def forward(self, clips):
         gray = clips.mean(1)  # (B, T, H, W)
         differences = (gray[:, 1:] - gray[:, :-1]).abs() if gray.shape[1] > 1 else gray * 0
-        return F.adaptive_avg_pool3d(differences, (4, 8, 8)).flatten(1)[:, None]
+        return F.adaptive_avg_pool3d(differences, (4, 8, 8)).flatten(1)[:, None]  # (B, 1, 256)
 
 
 def on_clips(encoder, num_frames):
@@ -94,10 +89,9 @@ def open_encoder(checkpoint=None, data=None, device="auto", num_heads=None, fram
                  fps=None):
     """The frozen encoder of a checkpoint, and the clips that it was trained on.
 
-    checkpoint: a file or a run's folder (None: the latest run); the other arguments replace what
-    the checkpoint records, or what a published one does not record. Returns its path; the encoder
-    on its device, for clips of all num_frames; data, a list of paths; and the other arguments of
-    data.open_clips. Raises ValueError or CheckpointError.
+    checkpoint: a file or a run's folder (None: the latest run); the other arguments replace what it
+    records. Returns its path; the encoder on its device; data, a list of paths; and a dict of the
+    other arguments of data.open_clips. Raises ValueError or CheckpointError.
     """
     device, path = pick_device(device), Path(checkpoint or latest_run())
     config = load_checkpoint(path).get("config", {})
@@ -127,9 +121,8 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
                    title=None):
     """Yield (data.Batch, [tokens (B, V, S * N, D) float32 of each encoder]), batch by batch.
 
-    encoders: modules from (B, C, T, H, W) to (B, N, D), all on the same device; clips_per_batch:
-    clips that an encoder takes at a time; bad_files: data.BadFiles, which reports unreadable files;
-    title: of the progress bar. On CUDA the encoders run in bfloat16.
+    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device, on CUDA in bfloat16;
+    bad_files: a loading.BadFiles; title: of the progress bar.
     """
     device = torch.device(next((p.device for encoder in encoders for p in encoder.parameters()),
                                "cpu"))
@@ -147,23 +140,17 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
         yield batch, [tokens.unflatten(0, clips.shape[:3]).flatten(2, 3) for tokens in per_encoder]
 
 
-def clips_key(dataset, sample_ids):
-    """A hash of everything that clips and features depend on except the encoder.
-
-    It looks at every file of the dataset, so it is computed once for all encoders.
-    """
-    return hashlib.sha256(f"{dataset.identity()} {list(sample_ids)} {CODE_VERSION}".encode())
-
-
-def key(encoder, clips):
-    """Everything that stored features depend on, as 32 hexadecimal digits; clips: clips_key."""
-    digest = clips.copy()
-    for module in encoder.modules():
-        digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:32]
+def keys(encoders, dataset, sample_ids):
+    """For each encoder, a hash of everything that its features of these clips depend on."""
+    clips = hashlib.sha256(f"{dataset.identity()} {list(sample_ids)} {CODE_VERSION}".encode())
+    digests = [clips.copy() for _ in encoders]
+    for encoder, digest in zip(encoders, digests, strict=True):
+        for module in encoder.modules():
+            digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
+        for name, value in encoder.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device.type}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy())
+    return [digest.hexdigest()[:32] for digest in digests]
 
 
 def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_workers=0, title=None,
@@ -175,23 +162,22 @@ def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_wor
     features do not fit on the disk.
     """
     sample_ids, folder = list(sample_ids), Path(store)
-    clips = clips_key(dataset, sample_ids)
-    files = [folder / f"{key(encoder, clips)}.npy" for encoder in encoders]
-    missing = [i for i, file in enumerate(files) if not file.with_suffix(".json").exists()]
+    files = [folder / f"{key}.npy" for key in keys(encoders, dataset, sample_ids)]
+    missing = {file: encoder for file, encoder in zip(files, encoders, strict=True)
+               if not file.with_suffix(".json").exists()}
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        _store([files[i] for i in missing], encode_batches(
-            [encoders[i] for i in missing], dataset, sample_ids, bad_files, clips_per_batch,
-            num_workers, title), len(sample_ids))
+        _store(list(missing), encode_batches(list(missing.values()), dataset, sample_ids, bad_files,
+                                             clips_per_batch, num_workers, title), len(sample_ids))
     results = []
-    for i, file in enumerate(files):
+    for file in files:
         note = json.loads(file.with_suffix(".json").read_text())
-        if i not in missing:
-            bad_files.report(Batch(None, note["sample_ids"], note["bad"]))
-        tokens = torch.from_numpy(np.load(file, mmap_mode="c"))[:len(note["sample_ids"])]
+        ids = note["sample_ids"]
+        if file not in missing:  # those were reported when they were encoded
+            bad_files.report(Batch(None, ids, note["bad"]))
+        tokens = torch.from_numpy(np.load(file, mmap_mode="c"))[:len(ids)]
         pooled = torch.cat([part.float().mean(2) for part in tokens.split(64)])
-        results.append(Features(tokens, pooled, dataset.labels(note["sample_ids"]),
-                                note["sample_ids"]))
+        results.append(Features(tokens, pooled, dataset.labels(ids), ids))
     return results
 
 
@@ -204,18 +190,15 @@ def _store(files, batches, capacity):
     for batch, per_encoder in batches:
         bad += batch.bad
         if not arrays:
-            needed = sum(2 * capacity * math.prod(tokens.shape[1:]) for tokens in per_encoder)
-            free = shutil.disk_usage(files[0].parent).free
-            if needed > free:
+            shapes = [(capacity, *tokens.shape[1:]) for tokens in per_encoder]
+            needed = 2 * sum(map(math.prod, shapes))
+            if needed > (free := shutil.disk_usage(files[0].parent).free):
                 raise DataError(f"the features need {needed / 1e9:.1f} GB in {files[0].parent}/, "
-                                f"which has {free / 1e9:.1f} GB left: use fewer --segments or "
-                                "clips, or pass a folder on another disk as --cache")
-            arrays = [np.lib.format.open_memmap(file, "w+", np.float16,
-                                                (capacity, *tokens.shape[1:]))
-                      for file, tokens in zip(files, per_encoder, strict=True)]
+                                f"which has {free / 1e9:.1f} GB left: use fewer clips or "
+                                "--segments, or another --cache")
+            arrays = [np.lib.format.open_memmap(file, "w+", np.float16, shape)
+                      for file, shape in zip(files, shapes, strict=True)]
         for array, tokens in zip(arrays, per_encoder, strict=True):
-            if len(tokens) and tokens.abs().max() > 65504:
-                raise DataError("features exceed the range of float16: is this encoder trained?")
             array[len(kept):len(kept) + len(tokens)] = tokens.half().cpu().numpy()
         kept += batch.sample_ids.tolist()
     if not kept:
@@ -227,49 +210,44 @@ def _store(files, batches, capacity):
         os.replace(note, file.with_suffix(".json"))
 
 
-def open_splits(data, split, clip, test_data=None, **protocol):
+def open_splits(data, split, clip, test_data=None, segments=1, views=1):
     """Labelled clips to train probes on, clips to test them on, and the sample ids of each fold.
 
     -> (train_set, test_set, [(train_ids, test_ids), ...]). Test clips are those in test_data (a
-    list of paths), or else in the `split` of data, or else in its val split; or else every third
-    group is held out, or every third clip of each class if there are no groups. Split
-    "leave-one-group-out" has a fold for each group. clip: other arguments of data.open_clips;
-    protocol: segments and views, the latter for test clips only. Raises DataError.
+    list of paths), or the `split` of data, or its val split, or every third group, or every third
+    clip of each class; split "leave-one-group-out" has a fold for each group. clip: other arguments
+    of data.open_clips; views: of test clips, training clips have one. Raises DataError.
     """
-    def open_split(split, **options):
-        return open_clips(data, **clip, split=split, train=False, **options)
+    def open_split(split, paths=data, **options):
+        return open_clips(paths, **clip, split=split, train=False, segments=segments, **options)
 
-    protocol = {name: count for name, count in protocol.items() if count > 1}
-    centre = {name: count for name, count in protocol.items() if name != "views"}
     leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train", **centre)
+    train = open_split(None if leave_out or test_data else "train")
     if not train.class_names:
         open_split(None, need_labels=True)  # its DataError names the first clip without a label
-    all_ids = range(len(train))
+    ids, groups = range(len(train)), train.groups
     if test_data:
-        test = open_clips(test_data, **clip, train=False, need_labels=True, classes=train.classes,
-                          **protocol)
-        return train, test, [(all_ids, range(len(test)))]
-    if leave_out:
-        if not train.groups:
-            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
-        folds = [([i for i in all_ids if train.groups[i] != group],
-                  [i for i in all_ids if train.groups[i] == group])
-                 for group in sorted(set(train.groups))]
-        return train, open_split(None, **protocol), folds
-    if split not in train.splits and "val" in train.splits:
+        test = open_split(None, test_data, views=views, need_labels=True, classes=train.classes)
+        return train, test, [(ids, range(len(test)))]
+    if split not in train.splits and "val" in train.splits and not leave_out:
         print(f"no '{split}' split in the data: 'val' is used")
         split = "val"
     if split in train.splits:
-        test = open_split(split, **protocol)
-        return train, test, [(all_ids, range(len(test)))]
-    print(f"no '{split}' split in the data: every third {'group' if train.groups else 'clip'} is "
-          "held out to test on")
-    if train.groups:
-        held_out = set(sorted(set(train.groups))[::3])
-        test_ids = [i for i in all_ids if train.groups[i] in held_out]
+        test = open_split(split, views=views)
+        return train, test, [(ids, range(len(test)))]
+    if leave_out:
+        if not groups:
+            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
+        held_out = [{group} for group in sorted(set(groups))]
     else:
-        [labels] = train.labels(all_ids).values()
-        test_ids = labels.argsort(stable=True)[::3].tolist()
-    train_ids = sorted(set(all_ids) - set(test_ids))
-    return train, open_split("train", **protocol), [(train_ids, test_ids)]
+        print(f"no '{split}' split in the data: every third {'group' if groups else 'clip'} is "
+              "held out to test on")
+        if groups:
+            order = sorted(set(groups))
+        else:  # every clip is its own group
+            [labels] = train.labels(ids).values()
+            groups, order = ids, labels.argsort(stable=True).tolist()
+        held_out = [set(order[::3])]
+    folds = [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
+             for test in held_out]
+    return train, open_split(None if leave_out else "train", views=views), folds

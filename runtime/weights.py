@@ -3,9 +3,8 @@
     encoder = load_encoder("runs/tiny-seed0")      # or a file: vitl16.pth.tar
     features = encoder(clips)                      # (B, 3, T, H, W) -> (B, N, D)
 
-Only tensors and plain containers are unpickled. Keys that are missing, unexpected or of another
-shape are named. Sizes are inferred from the tensors, so the published ViT-L and ViT-H files need no
-arguments.
+Only tensors and plain containers are unpickled. Sizes are inferred from the tensors, so the
+published ViT-L and ViT-H files need no arguments.
 """
 
 import pickle
@@ -36,14 +35,11 @@ def latest_run():
 def load_checkpoint(path):
     """A checkpoint's dict, on the CPU; path: a file, or a run's folder for its last checkpoint.
 
-    Only tensors and plain containers are unpickled. Raises CheckpointError.
+    Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("checkpoint-*.pt"))
-        if not files:
-            raise CheckpointError(f"{path}: no checkpoint-*.pt in this folder")
-        path = files[-1]
+        path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -59,10 +55,7 @@ def load_checkpoint(path):
 
 
 def state_dict(checkpoint, name, path):
-    """checkpoint[name] without the prefixes `module.` and `backbone.` that wrappers added.
-
-    path: named in the CheckpointError if there is no such network.
-    """
+    """checkpoint[name] without the prefixes that wrappers added; path: for the CheckpointError."""
     if name not in checkpoint:
         raise CheckpointError(f"{path}: has no '{name}', only {sorted(map(str, checkpoint))}")
     return {key.removeprefix("module.").removeprefix("backbone."): value
@@ -77,9 +70,8 @@ def load_strictly(module, state, path):
     wrong += [f"{key} is {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
               for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        wrong = "; ".join(sorted(wrong)[:4])
-        raise CheckpointError(f"{path}: does not fit the model: {wrong}{more}")
+        raise CheckpointError(f"{path}: does not fit the model in {len(wrong)} tensors: "
+                              f"{'; '.join(sorted(wrong)[:4])}")
     module.load_state_dict(state)
 
 
@@ -89,11 +81,10 @@ def count_blocks(state):
 
 
 def encoder_sizes(checkpoint, which, path, **overrides):
-    """VisionTransformer's arguments, from the shapes of an encoder and its position embedding.
+    """VisionTransformer's arguments, from the tensors of checkpoint[which].
 
-    which: the encoder's name in the checkpoint; overrides: img_size, num_frames or num_heads, if
-    the checkpoint does not record them (0 or None: it does). Raises CheckpointError if one of them
-    is still missing.
+    overrides: img_size, num_frames or num_heads, if the checkpoint does not record them (0 or None:
+    it does). Raises CheckpointError if one of them is still missing.
     """
     state = state_dict(checkpoint, which, path)
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
@@ -123,11 +114,10 @@ def load_networks(model, checkpoint, path):
 
 
 def load_encoder(path, which=None, **overrides):
-    """A frozen encoder in eval mode: `features = load_encoder(path)(clips)`.
+    """A frozen encoder in eval mode; path: a run's folder, its checkpoint, or a published .pth.tar.
 
-    path: a checkpoint of this project, a run's folder, or a published .pth.tar; which:
-    "target_encoder" or "encoder" (None: the one that is probed, the target encoder if the method
-    has one); overrides as in encoder_sizes. Raises CheckpointError.
+    which: "target_encoder" or "encoder" (None: the one that is probed, the target encoder if the
+    method has one); overrides as in encoder_sizes. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path)
     which = which or checkpoint.get("probed_network", VJEPA.probed_network)
@@ -137,10 +127,7 @@ def load_encoder(path, which=None, **overrides):
 
 
 def load_vjepa(path, **overrides):
-    """All three networks, as a VJEPA; path and overrides as in load_encoder.
-
-    Raises CheckpointError if the file is missing, damaged, or does not fit.
-    """
+    """All three networks, as a VJEPA; arguments as in load_encoder. Raises CheckpointError."""
     checkpoint = load_checkpoint(path)
     predictor = state_dict(checkpoint, "predictor", path)
     model = VJEPA(**encoder_sizes(checkpoint, "encoder", path, **overrides),

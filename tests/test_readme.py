@@ -41,9 +41,27 @@ def project(tmp_path):
     return tmp_path
 
 
-def run(folder, *command):
-    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+# Runs scripts one after the other in one process, which imports torch only once.
+SCRIPTS = """
+import pytest, runpy, sys
+sys.path.insert(0, "")
+for arguments in {commands}:
+    print("<<<", arguments[0])
+    if arguments[0] == "pytest":
+        pytest.main(["-p", "no:cacheprovider", *arguments[1:]])
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+"""
+
+
+def run(folder, commands):
+    """Run scripts with their arguments in a folder -> {script: what it printed}."""
+    result = subprocess.run([sys.executable, "-c", SCRIPTS.format(commands=commands)], cwd=folder,
+                            capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return dict(part.split("\n", 1) for part in result.stdout.split("<<< ")[1:])
 
 
 def test_there_are_recipes_for_everything_people_change():
@@ -55,18 +73,10 @@ def test_there_are_recipes_for_everything_people_change():
 @pytest.mark.parametrize("name, diff, commands", RECIPES, ids=[name for name, *_ in RECIPES])
 def test_a_recipe_applies_and_its_commands_run(name, diff, commands, project):
     apply(diff, project)
-    printed = {}
-    for command in commands.strip().split(" && "):
-        program, *arguments = command.split()[command.startswith("python "):]
-        if program == "probe.py":  # tested elsewhere, and slow
-            continue
-        if program == "pytest":
-            result = run(project, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
-        else:
-            small = [*FAST, "--steps", "2"] if program == "train.py" else []
-            result = run(project, program, *small, *arguments)
-            assert result.returncode == 0, result.stderr
-        printed[program] = result.stdout
+    commands = [command.removeprefix("python ").split() for command in commands.split(" && ")]
+    printed = run(project, [
+        [*command, *[*FAST, "--steps", "2"] * (command[0] == "train.py")]
+        for command in commands if command[0] != "probe.py"])  # tested elsewhere, and slow
     if name == "Change the loss":
         failed = re.findall(r"FAILED tests/test_model.py::(\w+)", printed["pytest"])
         assert failed == ["test_loss_and_gradients_agree_with_the_release",

@@ -140,6 +140,8 @@ def bench(config):
         distributed.checkpoint_activations(model)
     warm_up = sum(seconds_of(step) for _ in range(WARM_UP))
     print(f"warm-up          {WARM_UP} steps, {warm_up:.1f} s")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # plain attention took more
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(distributed.DTYPES[precision]) for _ in range(2))
     # In turns, because clock speed and machine load change from minute to minute.

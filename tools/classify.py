@@ -9,10 +9,9 @@ indices. Nothing is trained, and no features are stored.
 """
 
 import argparse
-import copy
 import csv
 import sys
-from dataclasses import asdict, fields, make_dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,26 +19,11 @@ import torch
 import probe
 from data import DataError, open_clips
 from runtime import report
-from runtime.features import PROTOCOLS, encode_batches, open_encoder
+from runtime.evaluation import SourceConfig, open_source
+from runtime.features import encode_batches
 from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError
-
-
-def probe_flags(*names):
-    """A dataclass with those flags of probe.py that open an encoder and clips, and `names`."""
-    names += ("checkpoint", "data", "protocol", "segments", "views", "frame_step", "fps",
-              "num_heads", "batch_size", "max_bad", "workers", "device")
-    return make_dataclass("Config", [(f.name, f.type, copy.copy(f)) for f in fields(probe.Config)
-                                     if f.name in names])
-
-
-def open_from_flags(config):
-    """A config of probe_flags -> what open_encoder returns, and {"segments": ..., "views": ...}."""
-    opened = open_encoder(config.checkpoint, config.data, config.device, config.num_heads,
-                          config.frame_step, config.fps)
-    segments, views = PROTOCOLS.get(config.protocol, (1, 1))
-    return *opened, {"segments": config.segments or segments, "views": config.views or views}
 
 
 def classify(encoder, head, dataset, bad_files, clips_per_batch=50, num_workers=0):
@@ -77,9 +61,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", metavar="FILE", required=True, help="a published probe")
-    config, given = parse(parser, probe_flags("split", "out"), arguments)
+    config, given = parse(parser, SourceConfig, arguments)
 
-    path, encoder, data, clip, protocol = open_from_flags(config)
+    path, encoder, data, clip, protocol = open_source(config)
     head = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)
     head.to(next(encoder.parameters()).device)
     folder = Path(config.out or (path if path.is_dir() else path.parent))

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError, open_clips
+from runtime.evaluation import SourceConfig, open_source
 from runtime.features import encode
 from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError
-from tools.classify import open_from_flags, probe_flags
 
 
 def check_output(file):
@@ -63,9 +63,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="where to write the features")
-    config, given = parse(parser, probe_flags("cache"), arguments)
+    config, given = parse(parser, SourceConfig, arguments)
     check_output(given.file)  # now, not after hours of encoding
-    _, encoder, data, clip, protocol = open_from_flags(config)
+    _, encoder, data, clip, protocol = open_source(config)
     bad_files = BadFiles(config.max_bad)
     count = extract(given.file, encoder, data, clip, protocol, bad_files,
                     clips_per_batch=config.batch_size, num_workers=num_workers(config.workers),
