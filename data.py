@@ -86,8 +86,7 @@ class VideoClips(Dataset):
         reasons = []
         for path in self.paths[:10]:
             try:
-                read_clip(path, 1, 1, fps=self.request["fps"])
-                return
+                return read_clip(path, 1, 1, fps=self.request["fps"])
             except DataError as error:
                 reasons.append(error)
         raise DataError(f"none of the first {len(reasons)} clips can be read: {reasons[0]}")

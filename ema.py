@@ -2,9 +2,9 @@
 
     target <- m * target + (1 - m) * online
 
-After ln(1/2) / ln(m) steps a weight has lost half of its share: 173 steps at m = 0.996, 693 at
-0.999. If the momentum m is too low, the target follows the predictor into collapse; if it is too
-high, a short run learns from a target that is still close to its random start.
+A weight loses half of its share in ln(1/2) / ln(m) steps: 173 at m = 0.996, 693 at 0.999. If the
+momentum m is too low, the target follows the predictor into collapse; if it is too high, a short
+run learns from a target that is still close to its random start. `python ema.py` prints schedules.
 """
 
 import math

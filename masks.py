@@ -9,7 +9,7 @@ copied from neighbouring frames; the predictor has to model what happens inside 
     context, targets = sampler.sample(sample_ids=[0, 1, 2], seed=0)   # (3, 313), (3, 784) indices
 
 Token index = (t * H' + row) * W' + column. Paper: section 3.2. `python masks.py` prints two masks.
-The masks of other methods are in comparisons/masks.py.
+The masks of other methods, and the release's truncation, are in comparisons/masks.py.
 """
 
 import math
@@ -23,7 +23,7 @@ MAX_TRIES = 10_000
 def num_tokens(total, *ratios):
     """Ratios of `total` tokens as whole numbers, rounded down.
 
-    Raises ValueError if one of them is 0, or if together they exceed the total.
+    Raises ValueError if one of them is 0, or if they exceed the total together.
     """
     # The tiny amount keeps 0.7 * 10 = 6.999... from becoming 6.
     counts = [int(ratio * total + 1e-9) for ratio in ratios]
@@ -43,9 +43,7 @@ class MultiBlockMask:
 
     Blocks are drawn until enough tokens are visible and enough are masked; then exactly
     floor(ratio * N) of each are kept at random. So shapes are fixed, a clip's mask does not depend
-    on its batch, and no time step is favoured. (The release truncates every list to the shortest in
-    its batch, which almost never leaves context in the last frames: comparisons/masks.py.)
-    Raises ValueError if the blocks leave too little context or cover too few targets.
+    on its batch, and no time step is favoured. Raises ValueError if such masks are too rare.
     """
 
     def __init__(self, grid, num_blocks=8, spatial_scale=0.15, aspect_ratio=(0.75, 1.5),

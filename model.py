@@ -38,10 +38,7 @@ def sincos_pos_embed(dim, grid):
 
 
 def patchify(clips, tubelet):
-    """Cut clips into tubelets of (t, p, p): (B, C, T, H, W) -> the pixels of every token (B, N, P).
-
-    P = C * t * p * p, in the order channel, frame, row, column.
-    """
+    """The pixels of every token, a tubelet (t, p, p): (B, C, T, H, W) -> (B, N, C * t * p * p)."""
     B, C, T, H, W = clips.shape
     t, p, _ = tubelet
     x = clips.view(B, C, T // t, t, H // p, p, W // p, p)
@@ -51,8 +48,7 @@ def patchify(clips, tubelet):
 def init_weights(module, std):
     """Truncated normal weights and zero biases; std None means 1 / sqrt(fan-in).
 
-    0.02 suits D = 1024. At D = 100 the content of a token would be so small next to its position
-    embedding that training ends in features that encode nothing but position.
+    0.02 suits D = 1024; at D = 100 the content of a token would drown in its position embedding.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv3d)):
@@ -68,11 +64,9 @@ def check_divisible(name, size, divisor_name, divisor):
 
 
 class PatchEmbed(nn.Module):
-    """Project every tubelet to D channels.
+    """Project tubelets to D channels: a Conv3d whose stride is its kernel, as a matrix product.
 
-    A Conv3d whose stride equals its kernel is one matrix product over tubelets. Written like this,
-    only visible tubelets are projected, and bfloat16 is fast. The weight keeps Conv3d's layout, so
-    published checkpoints load as they are.
+    So only visible tubelets are projected, bfloat16 is fast, and published weights still load.
     """
 
     def __init__(self, tubelet, in_chans, embed_dim):
@@ -134,8 +128,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Tubelet ViT without a class token: the context encoder and the target encoder.
 
-    init_std as in init_weights. Raises ValueError unless patch_size divides img_size, tubelet_size
-    num_frames, and num_heads embed_dim.
+    init_std as in init_weights. Raises ValueError for sizes that do not divide each other.
     """
 
     def __init__(self, img_size=224, patch_size=16, num_frames=16, tubelet_size=2, in_chans=3,

@@ -4,13 +4,11 @@
     python probe.py --checkpoint runs/NAME   that run; or a checkpoint file, published ones too
     python probe.py --checkpoint vitl16.pth.tar --data train.csv --test-data val.csv --protocol k400
 
-The target encoder is frozen and encodes every clip once (runtime/features.py). Three probes are
-trained on the stored features, with all and with few of the labels, for several seeds:
-attentive  a learned query attends to all tokens, followed by a linear layer
-linear     logistic regression on the mean token
-knn        a vote of the nearest training clips by mean token
+The frozen target encoder encodes every clip once (runtime/features.py). Then three probes are
+trained, with all and with few of the labels: attentive (a learned query attends to all tokens),
+linear (logistic regression on the mean token), and knn (a vote of the nearest mean tokens).
 Controls: the encoder with its random initial weights; the trained encoder on a single frame, which
-shows no motion; differences of successive frames, which are all that pixels say about motion.
+shows no motion; differences of successive frames, which are what pixels tell about motion.
 """
 
 import argparse
@@ -54,10 +52,9 @@ class CrossAttention(nn.Module):
     def forward(self, query, x, scale=1.0, shift=0.0):
         """The query (1, 1, D) attends to the tokens scale * x + shift, x (B, N, D) -> (B, 1, D).
 
-        With a single query, the query is carried through the key matrix instead of all tokens, and
-        the value matrix is applied after averaging; scale and shift (D,) likewise. The result is
-        the same at a tenth of the cost, since no gradient has to pass through the tokens. (The bias
-        of the keys raises all scores equally, so it has no effect.)
+        The single query goes through the key matrix instead of all tokens, and the value matrix is
+        applied after averaging; scale and shift (D,) likewise. That gives the same result at a
+        tenth of the cost. (The bias of the keys raises all scores equally: it has no effect.)
         """
         D, h = x.shape[-1], self.num_heads
         value = self.kv.weight[D:].view(h, D // h, D)
@@ -210,8 +207,7 @@ def probe_all(train, test, task, num_classes, num_heads, fraction=1.0, seed=0, r
 
     train, test: features.Features; fraction: of the labels to use; rows: (training, test) clips as
     index tensors, if not all. A fifth of the labels is held out to choose weight decay, neighbours
-    and epochs; the test set chooses nothing. Features of a single token get no attentive probe,
-    because there is nothing to attend to.
+    and epochs; the test set chooses nothing. A single token gets no attentive probe.
     """
     train_rows, test_rows = rows or map(torch.arange, (len(train.tokens), len(test.tokens)))
     generator = torch.Generator().manual_seed(seed)

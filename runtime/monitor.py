@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -24,19 +25,20 @@ EVALS_BEFORE_WARNING = 3  # the first evaluation may come before the features ha
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
 
 
+@dataclass
 class SkippedSteps:
     """Counts the steps that changed nothing, because loss or gradient was not finite."""
 
-    def __init__(self):
-        self.total = self.consecutive = 0
+    total: int = 0
+    consecutive: int = 0
 
 
 class Monitor:
     """Follows one run: progress bar, speed, metrics, skipped steps, warnings.
 
-    first_step: steps done before; tasks: names of the tasks with a k-NN accuracy; batch_size: clips
-    per step, over all processes; skips: SkippedSteps to count on; logger: as in require_logger.
-    Every process has a Monitor; only that of rank 0 writes and, except about skipped steps, prints.
+    first_step: steps done before; tasks: those with a k-NN accuracy; batch_size: clips per step,
+    over all processes; logger: as in require_logger. Only rank 0 writes and, except about skipped
+    steps, prints.
     """
 
     def __init__(self, run_dir, first_step, total_steps, tasks, rank, batch_size, device, skips,
@@ -65,7 +67,7 @@ class Monitor:
 
     @contextmanager
     def paused(self):
-        """What runs inside does not count for clips per second: evaluations."""
+        """Whatever runs inside, an evaluation, does not count for clips per second."""
         started = time.perf_counter()
         yield
         self.since += time.perf_counter() - started
@@ -73,8 +75,7 @@ class Monitor:
     def skip(self, step, loss, grad_norms, sample_ids, scale=None):
         """Count step 1, 2, ... as skipped, and name the clips that may be the cause.
 
-        sample_ids: a list of ids for each of this process's suspected micro-batches; scale: of the
-        fp16 gradient scaler, if there is one.
+        sample_ids: a list for each suspected micro-batch of this process; scale: the fp16 scaler's.
         """
         self.skips.total += 1
         # A finite loss and a scale that can still be lowered: the scaler is searching for the
@@ -83,15 +84,14 @@ class Monitor:
         self.skips.consecutive += not searching
         if sample_ids:
             samples = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in sample_ids)
-            tqdm.write(f"step {step} skipped: loss {loss:g}, gradient norms "
-                       f"{' and '.join(f'{norm:g}' for norm in grad_norms)}; samples {samples}",
-                       file=sys.stderr)
+            tqdm.write(f"step {step} skipped: loss {loss:g}, gradient norms {grad_norms[0]:g} and "
+                       f"{grad_norms[1]:g}; samples {samples}", file=sys.stderr)
 
     def step(self, step, loss, lr, weight_decay, momentum, grad_norms, **evaluation):
         """Record step 1, 2, ... after it is done; to be called on every process.
 
-        grad_norms: of encoder and predictor; evaluation: from probe.feature_metrics, if this step
-        had one. Raises FloatingPointError on every process after MAX_SKIPS skipped steps in a row.
+        grad_norms: of encoder and predictor; evaluation: from metrics.feature_metrics, if there was
+        one. Raises FloatingPointError on every process after MAX_SKIPS skipped steps in a row.
         """
         if all(map(math.isfinite, (loss, *grad_norms))):
             self.skips.consecutive = 0
@@ -104,24 +104,24 @@ class Monitor:
             self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, step
         if self.skips.consecutive >= MAX_SKIPS:
             raise FloatingPointError(
-                f"{self.skips.consecutive} steps in a row skipped, the last {step}, because loss "
-                "or gradient was not finite: check the clips of the samples named above, or lower "
-                "--lr or --clip-grad")
+                f"{MAX_SKIPS} steps in a row skipped, the last {step}, because loss or gradient "
+                "was not finite: check the samples named above, or lower --lr or --clip-grad")
 
     def _record(self, row, evaluation):
         """Write a row of metrics.csv; show it on the bar; print and draw what was evaluated."""
         step, elapsed = row["step"], time.perf_counter() - self.since
-        speed = {"clips/s": f"{(step - self.evaluated) * self.batch_size / elapsed:.3g}",
+        shown = {"loss": f"{row['loss']:.3f}",
+                 "clips/s": f"{(step - self.evaluated) * self.batch_size / elapsed:.3g}",
                  "data wait": f"{self.waited / elapsed:.0%}"}
         self.writer.writerow(row)
         self.log(row)
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", **speed, refresh=False)
-        if step == self.first_step + 1 and (peak := peak_memory(self.device)):
-            tqdm.write(f"memory      {peak / 1e9:.3g} GB at its peak in the first step")
+        self.bar.set_postfix(shown, refresh=False)
+        if step == self.first_step + 1:
+            peak = peak_memory(self.device) / 1e9
+            tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
         if evaluation:
-            values = {"loss": f"{row['loss']:.3f}", **speed,
-                      **{name: f"{value:.3g}" for name, value in evaluation.items()}}
-            tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in values.items()))
+            shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
+            tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
             if warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv")):
                 tqdm.write(warning, file=sys.stderr)
         if evaluation or step == self.total_steps:
@@ -146,10 +146,7 @@ def require_logger(name):
 
 
 def open_logger(name, run_dir, first_step):
-    """Start TensorBoard or Weights & Biases -> (function that logs a row of metrics.csv, close).
-
-    Both functions do nothing without a name. A resumed run continues its curves.
-    """
+    """Start TensorBoard or Weights & Biases -> (function that logs a row of metrics.csv, close)."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -178,20 +175,14 @@ def read_metrics(path):
 
 
 def open_metrics(path, tasks, step):
-    """Open metrics.csv to append to it -> (file, csv.DictWriter).
-
-    Rows after `step` are removed, because a resumed run writes them again.
-    """
-    columns = [*COLUMNS, *(f"knn_{task}" for task in tasks)]
+    """metrics.csv without the rows after `step`, which are repeated -> (file, DictWriter)."""
     rows = [row for row in read_metrics(path) if int(row["step"]) <= step] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
-    file = open(path, "a", newline="", buffering=1)  # noqa: SIM115
-    return file, csv.DictWriter(file, columns)
+    file = open(path.with_suffix(".tmp"), "w", newline="", buffering=1)  # noqa: SIM115
+    writer = csv.DictWriter(file, [*COLUMNS, *(f"knn_{task}" for task in tasks)])
+    writer.writeheader()
+    writer.writerows(rows)
+    os.replace(file.name, path)  # the file stays open under its new name
+    return file, writer
 
 
 def draw_curves(run_dir):
@@ -199,28 +190,17 @@ def draw_curves(run_dir):
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir / "metrics.csv")
-    panels = {
-        "training loss": ["loss"],
-        "loss / loss of the best position-only prediction": ["relative_loss"],
-        "feature std": ["std_clips", "std_tokens"],
-        "RankMe (effective rank of tokens)": ["rankme"],
-        "nearest-neighbour accuracy": [name for name in rows[0] if name.startswith("knn_")],
-        "learning rate": ["lr"],
-        "momentum": ["momentum"],
-        "gradient norm": ["grad_norm_encoder", "grad_norm_predictor"]}
+    knn = [name for name in rows[0] if name.startswith("knn_")]
+    panels = [["loss"], ["relative_loss"], ["std_clips", "std_tokens"], ["rankme"], knn, ["lr"],
+              ["momentum"], ["grad_norm_encoder", "grad_norm_predictor"]]
     figure = Figure(figsize=(15, 6))
     # A layout engine would take as long as all the rest.
     figure.subplots_adjust(0.035, 0.08, 0.99, 0.95, wspace=0.2, hspace=0.35)
-    for axis, (title, columns) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
+    for axis, columns in zip(figure.subplots(2, 4).flat, panels, strict=True):
         for column, style in zip(columns, ("-", "--", ":"), strict=False):
             points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-            if points:
-                label = column.removeprefix("knn_").replace("_", " ")
-                axis.plot(*zip(*points, strict=True), style, label=label,
-                          marker="." if len(points) < 50 else None)
-        axis.set(title=title, xlabel="optimizer step")
-        if len(columns) > 1 and axis.lines:
-            axis.legend()
+            axis.plot(*zip(*points, strict=True), style, marker="." if len(points) < 50 else None)
+        axis.set(title=", ".join(columns), xlabel="optimizer step")
     figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
     os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
 
@@ -233,37 +213,10 @@ def collapse_warning(rows):
     evaluations = [row for row in rows if row["rankme"]]
     low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR
            for row in evaluations]
-    recent, before = low[-EVALS_BEFORE_WARNING:], low[:-EVALS_BEFORE_WARNING][-1:]
-    if len(recent) < EVALS_BEFORE_WARNING or not all(recent) or any(before):
+    n = EVALS_BEFORE_WARNING
+    if len(low) < n or not all(low[-n:]) or any(low[-n - 1:-n]):
         return None
-    return (f"warning: the features look collapsed since step "
-            f"{evaluations[-EVALS_BEFORE_WARNING]['step']}: std_clips below {STD_FLOOR} or rankme "
-            f"below {RANK_FLOOR:g}. Usual causes: --momentum-start too low; --lr too high or "
-            "--warmup too short; masks that leave the answer visible or too little to predict")
-
-
-def describe(config, run_dir, first_step, model, samplers, device, precision, compiled, world_size,
-             micro_batch, accumulation):
-    """Yield the lines that a run prints at its start: the method, sizes, masks and hardware."""
-    tokens = math.prod(model.encoder.grid)
-    sizes = [(sampler.num_context, sampler.num_targets) for sampler in samplers]
-    hidden = [1 - context / tokens for context, _ in sizes]
-    masked = (f"masked {' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean "
-              f"{sum(hidden) / len(hidden):.0%}; context -> targets "
-              f"{', '.join(f'{context} -> {targets}' for context, targets in sizes)}")
-    if not sizes[0][1]:  # DINO
-        masked = f"nothing masked, {sizes[0][0]} tokens in all crops together"
-    how = [precision, *["compiled"] * compiled,
-           *["activations checkpointed"] * config.checkpoint_activations]
-    yield f"run         {run_dir}" + (f", resumed after step {first_step}" if first_step else "")
-    yield f"method      {config.method}"
-    yield f"data        {' '.join(config.data)}"
-    yield f"device      {device}, {', '.join(how)}, {world_size} process(es)"
-    yield (f"batch       {config.batch_size} clips = {world_size} processes x {micro_batch} x "
-           f"{accumulation}")
-    yield (f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
-           f"peak learning rate {config.lr:g}")
-    yield f"tokens      {tokens} {model.encoder.grid} per clip; {masked}"
-    yield "parameters  " + ", ".join(
-        f"{name.replace('_', ' ')} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
-        for name, network in model.named_children() if list(network.parameters()))
+    return (f"warning: the features look collapsed since step {evaluations[-n]['step']}: std_clips "
+            f"below {STD_FLOOR} or rankme below {RANK_FLOOR:g}. Usual causes: --momentum-start too "
+            "low; --lr too high or --warmup too short; masks that leave the answer visible or too "
+            "little to predict")

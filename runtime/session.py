@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from data import open_clips
-from runtime.loading import BadFiles, loader, num_workers
 from masks import sample_masks
 from runtime import checkpoint, distributed, monitor
+from runtime.loading import BadFiles, loader, num_workers
 from runtime.metrics import feature_metrics
 from runtime.weights import load_networks
 
@@ -26,13 +26,11 @@ MAY_CHANGE_ON_RESUME = {"save_every", "micro_batch", "workers", "device", "preci
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
-def sample_ids(step, i, batch_size, rank=0, world_size=1, micro_batch=None):
+def sample_ids(step, i, batch_size, rank, world_size, micro_batch):
     """The clips of a process's i-th micro-batch in a step: a list of ints.
 
-    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once,
-    however they share the batch.
+    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once.
     """
-    micro_batch = micro_batch or batch_size // world_size
     first = step * batch_size + (i * world_size + rank) * micro_batch
     return list(range(first, first + micro_batch))
 
@@ -52,8 +50,7 @@ def catch_signals():
 
     def remember(number, frame):
         received.append(number)
-        if number == signal.SIGINT:  # a second Ctrl-C kills at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
 
     for number in STOPS:
         signal.signal(number, remember)
@@ -63,9 +60,9 @@ def catch_signals():
 class Run:
     """One process of a training run, ready to take its first step, or the next one.
 
-    config: train.Config; model, on its device, and samplers: from train.build; optimizer: from
-    train.build_optimizer; rank, world_size, device: from distributed.setup_device. Raises
-    ValueError, DataError or CheckpointError, in one line, before anything is written.
+    model, on its device, samplers and optimizer: as train.py builds them; rank, world_size, device:
+    from distributed.setup_device. Raises ValueError, DataError or CheckpointError, in one line,
+    before anything is written.
     """
 
     def __init__(self, config, run_dir, restart, model, samplers, optimizer, rank, world_size,
@@ -89,11 +86,11 @@ class Run:
             dist.barrier()
         saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, quiet=rank > 0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        skips, self.first_step = monitor.SkippedSteps(), 0
+        skips, first_step = monitor.SkippedSteps(), 0
         if saved:
             load_networks(model, saved, run_dir)
             checkpoint.restore(saved, optimizer, self.scaler, skips)
-            self.first_step = saved["step"]
+            first_step = saved["step"]
         if self.compiled:
             distributed.compile_blocks(model, len(samplers))
         if config.checkpoint_activations:
@@ -102,25 +99,46 @@ class Run:
         self.autocast = torch.autocast(device.type, distributed.DTYPES[precision],
                                        precision != "fp32")
 
-        self.masks_of = partial(sample_masks, samplers, seed=config.seed)
+        self.sample_ids = partial(sample_ids, batch_size=config.batch_size, rank=rank,
+                                  world_size=world_size, micro_batch=self.micro_batch)
+        self.sample_masks = partial(sample_masks, samplers, seed=config.seed)
         self.bad_files = BadFiles(config.max_bad, len(train_set))
-        ids = (self.sample_ids(step, i) for step in range(self.first_step, config.steps)
+        ids = (self.sample_ids(step, i) for step in range(first_step, config.steps)
                for i in range(self.accumulation))
         self.batches = loader(train_set, ids, num_workers(config.workers, world_size),
-                              device.type == "cuda", self.masks_of)
+                              device.type == "cuda", self.sample_masks)
         if rank == 0:
             (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-            print(*monitor.describe(config, run_dir, self.first_step, model, samplers, device,
-                                    precision, self.compiled, world_size, self.micro_batch,
-                                    self.accumulation), sep="\n", flush=True)
-        self.log = monitor.Monitor(run_dir, self.first_step, config.steps,
+            self._describe(first_step, samplers, precision)
+        self.log = monitor.Monitor(run_dir, first_step, config.steps,
                                    list(self.eval_set.class_names), rank, config.batch_size,
                                    device, skips, config.log)
 
-    def sample_ids(self, step, i):
-        """This process's i-th micro-batch in a step."""
-        return sample_ids(step, i, self.config.batch_size, self.rank, self.world_size,
-                          self.micro_batch)
+    def _describe(self, first_step, samplers, precision):
+        """Print the method, sizes, masks and hardware."""
+        config, grid = self.config, self.model.encoder.grid
+        tokens = math.prod(grid)
+        hidden = [1 - sampler.num_context / tokens for sampler in samplers]
+        masked = (f"masked {' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean "
+                  f"{sum(hidden) / len(hidden):.0%}; context -> targets "
+                  + ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers))
+        if config.method == "dino":
+            masked = f"nothing masked, {samplers[0].num_context} tokens in all crops together"
+        how = [str(self.device), precision, *["compiled"] * self.compiled,
+               *["activations checkpointed"] * config.checkpoint_activations]
+        sizes = {name.replace("_", " "): sum(p.numel() for p in network.parameters()) / 1e6
+                 for name, network in self.model.named_children()}
+        print(f"run         {self.dir}" + f", resumed after step {first_step}" * bool(first_step),
+              f"method      {config.method}",
+              f"data        {' '.join(config.data)}",
+              f"device      {', '.join(how)}, {self.world_size} process(es)",
+              f"batch       {config.batch_size} clips = {self.world_size} processes x "
+              f"{self.micro_batch} x {self.accumulation}",
+              f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
+              f"peak learning rate {config.lr:g}",
+              f"tokens      {tokens} {grid} per clip; {masked}",
+              f"parameters  {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())}",
+              sep="\n", flush=True)
 
     def next_batch(self):
         """Clips (b, 3, T, H, W) and masks of the next micro-batch, on the device."""
@@ -159,7 +177,7 @@ class Run:
             return feature_metrics(self.model, (
                 (*distributed.to_device(batch, self.device),
                  self.eval_set.labels(batch.sample_ids))
-                for batch in loader(self.eval_set, parts, sample_masks=self.masks_of)
+                for batch in loader(self.eval_set, parts, sample_masks=self.sample_masks)
                 if len(batch.sample_ids)))
 
     def save(self, step):

@@ -13,7 +13,7 @@ from tests.runs import FAST
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RECIPES = re.findall(r"(?ms)^\*\*([A-Z][\w ]+)\.\*\*.*?^```diff\n(.*?)^```\n```bash\n(.*?)^```",
+RECIPES = re.findall(r"(?ms)\*\*([A-Z][\w ]+)\.\*\*.*?^```diff\n(.*?)^```\n```bash\n(.*?)^```",
                      README)
 
 
