@@ -1,12 +1,7 @@
 """The masks of other methods, and V-JEPA's as its release samples them.
 
-RandomMask                MAE: tokens at random
-TubeMask                  VideoMAE: positions at random, the same in all time steps
-RunningCellMask           VideoMAEv2: a tube mask, of which the decoder rebuilds every second token
-ImageBlockMask            I-JEPA: blocks on a single frame
-TruncatedMultiBlockMask   V-JEPA's release: lists truncated to the shortest of their batch
-
-Grids, ratios, `sample` and its results are those of masks.MultiBlockMask.
+Grids, ratios, `sample` and its results are those of masks.MultiBlockMask. All samplers but the last
+keep equally many tokens of every clip.
 """
 
 import copy
@@ -19,10 +14,7 @@ from masks import MAX_TRIES, MultiBlockMask, num_tokens
 
 
 class RandomMask:
-    """Tokens at random in space and time.
-
-    Nearly every target has visible neighbours, so it can be interpolated from them.
-    """
+    """MAE: tokens at random. Nearly every target can be interpolated from visible neighbours."""
 
     sample = MultiBlockMask.sample
 
@@ -38,7 +30,7 @@ class RandomMask:
 
 
 class TubeMask:
-    """Positions at random, the same in all time steps: a RandomMask of one frame."""
+    """VideoMAE: positions at random, the same in all time steps."""
 
     sample = MultiBlockMask.sample
 
@@ -57,42 +49,38 @@ class TubeMask:
         return tuple((steps + positions).ravel() for positions in self.frame.sample_clip(rng))
 
 
-class RunningCellMask:
-    """The encoder sees a tube mask's context; half of the tube mask's targets are predicted.
+class RunningCellMask(TubeMask):
+    """VideoMAEv2: half of a tube mask's targets are predicted.
 
-    The frame is divided into cells of 2 x 2 tokens. In every time step the decoder gets two
-    successive tokens of a cell, and in the next step the pair moves on by one, so that every token
-    has two turns in four steps. Where the pair starts is random for each clip.
-    Raises ValueError unless the number of time steps is a multiple of 4.
+    The frame is divided into cells of 2 x 2 tokens. In every time step two successive tokens of a
+    cell can be targets; in the next step the pair moves on by one. Where it starts is random for
+    each clip. Raises ValueError unless the number of time steps is a multiple of 4.
     """
 
-    sample = MultiBlockMask.sample
-
-    def __init__(self, grid, context_ratio=0.10):
+    def __init__(self, grid, context_ratio=0.10, target_ratio=0.90):
         if grid[0] % 4:
             raise ValueError(f"running-cell masks need a multiple of 4 time steps, not {grid[0]}")
-        self.grid = tuple(grid)
-        self.tube = TubeMask(grid, context_ratio, 1 - context_ratio)
-        self.num_context, self.num_targets = self.tube.num_context, self.tube.num_targets // 2
+        super().__init__(grid, context_ratio, target_ratio)
+        self.num_targets //= 2
 
     def decoded(self, first):
-        """The decoder's half of all tokens if its pairs start at `first` = 0 ... 3: bool (N,)."""
+        """Half of all tokens, those that can be targets if pairs start at 0 ... 3: bool (N,)."""
         T, H, W = np.indices(self.grid)
         return ((2 * (H % 2) + W % 2 - T - first) % 4 < 2).ravel()
 
     def sample_clip(self, rng):
         """As RandomMask.sample_clip."""
-        context, hidden = self.tube.sample_clip(rng)
+        context, hidden = super().sample_clip(rng)
         return context, hidden[self.decoded(rng.integers(4))[hidden]]
 
 
 class ImageBlockMask:
-    """Targets in 4 blocks on one frame; the context is in a larger block and outside of those.
+    """I-JEPA: targets in blocks on a single frame, context in a larger block and outside of those.
 
     A target block has 15 to 20 % of the frame and is 0.75 to 1.5 times as high as wide; the context
     block is square and has 85 to 100 %. As in MultiBlockMask, blocks are drawn until there are
     enough tokens of both kinds, and fixed ratios are kept, so all blocks are predicted at once.
-    Raises ValueError if the grid has several time steps, or if blocks hardly ever fit.
+    Raises ValueError if the grid has several time steps, or no room for such blocks.
     """
 
     sample = MultiBlockMask.sample
@@ -103,10 +91,7 @@ class ImageBlockMask:
         self.grid, self.num_blocks = tuple(grid), num_blocks
         self.num_context, self.num_targets = num_tokens(math.prod(grid), context_ratio,
                                                         target_ratio)
-        rng = np.random.default_rng(0)
-        if np.mean([self.is_usable(*self.sample_blocks(rng)) for _ in range(500)]) < 0.01:
-            raise ValueError(f"a {grid[1]}x{grid[2]} frame has no room for {num_blocks} image "
-                             f"blocks, {target_ratio:.0%} targets and {context_ratio:.0%} context")
+        self.sample_clip(np.random.default_rng(0))  # raises if there is no room
 
     def sample_block(self, rng, scale, aspect):
         """A block with a fraction `scale` of the frame and height / width `aspect`: bool (H, W)."""
@@ -125,27 +110,22 @@ class ImageBlockMask:
                           for _ in range(self.num_blocks)], axis=0)
         return context & ~targets, targets
 
-    def is_usable(self, context, targets):
-        """Whether there are as many tokens of both kinds as will be kept."""
-        return context.sum() >= self.num_context and targets.sum() >= self.num_targets
-
     def sample_clip(self, rng):
         """As RandomMask.sample_clip."""
         for _ in range(MAX_TRIES):
-            context, targets = self.sample_blocks(rng)
-            if self.is_usable(context, targets):
-                return tuple(np.sort(rng.choice(np.flatnonzero(tokens), count, replace=False))
-                             for tokens, count in ((context, self.num_context),
-                                                   (targets, self.num_targets)))
-        raise ValueError(f"no usable image-block mask in {MAX_TRIES} tries")
+            context, targets = map(np.flatnonzero, self.sample_blocks(rng))
+            if len(context) >= self.num_context and len(targets) >= self.num_targets:
+                return (np.sort(rng.choice(context, self.num_context, replace=False)),
+                        np.sort(rng.choice(targets, self.num_targets, replace=False)))
+        raise ValueError(f"no usable mask in {MAX_TRIES} tries: {self.num_blocks} image blocks and "
+                         f"their context hardly ever fit into {self.grid[1]}x{self.grid[2]} tokens")
 
 
 class TruncatedMultiBlockMask(MultiBlockMask):
-    """Multi-block masks as the published release samples them, for comparison.
+    """V-JEPA's release: multi-block masks with lists truncated to the shortest of their batch.
 
-    All blocks of a batch have the same size, and every clip's lists are truncated to the shortest
-    of the batch, in token order, which is time order. So the last time steps almost never have
-    context, and the task changes with the batch size. Both ratios are ignored.
+    All blocks of a batch have the same size. Lists are in time order, so the last time steps almost
+    never have context, and the task changes with the batch size. Both ratios are ignored.
     """
 
     def is_usable(self, masked):
@@ -163,10 +143,9 @@ class TruncatedMultiBlockMask(MultiBlockMask):
 
     def sample(self, sample_ids, seed):
         """As MultiBlockMask.sample, but Kc and Kt differ from batch to batch."""
-        batch = copy.copy(self)
         first_rng = np.random.default_rng((seed, int(sample_ids[0])))
+        batch = copy.copy(self)
         batch.aspect_ratio = 2 * [first_rng.uniform(*self.aspect_ratio)]  # one for all clips
         clips = [batch.sample_clip(np.random.default_rng((seed, int(i)))) for i in sample_ids]
-        shortest = [min(map(len, lists)) for lists in zip(*clips, strict=True)]
-        return tuple(torch.from_numpy(np.stack([tokens[:count] for tokens in lists]))
-                     for lists, count in zip(zip(*clips, strict=True), shortest, strict=True))
+        return tuple(torch.from_numpy(np.stack([tokens[:min(map(len, lists))] for tokens in lists]))
+                     for lists in zip(*clips, strict=True))

@@ -9,17 +9,11 @@ videomae          clips, 10 % in tubes        normalized pixels                L
 videomae2         the same                    half of the same                 L2
 dino              crops of a frame            the teacher's prototypes         cross-entropy
 
-A method is a module and its mask samplers; the encoder, the clips and the loop are V-JEPA's:
-
-    model, samplers = build(config)           # config.method: a key of METHODS
-    loss = model(clips, masks)                # masks: one result of `sample` per sampler
-    model.update_target(momentum)             # after every optimizer step that is not skipped
-
-The loop trains `model.encoder` and `model.predictor`. `model.probed_network` names the network to
-probe, "encoder" or "target_encoder". If there are `model.targets(clips)`, (B, N, P), and
-`model.loss_fn(prediction, targets)`, the metric relative_loss is measured. A sampler has
-sample(sample_ids, seed), num_context and num_targets. To add a method, write such a module in a
-file beside this one and enter it into METHODS.
+A method is a module with `forward(clips, masks) -> loss`, `update_target(momentum)`, called after
+every optimizer step, `encoder` and `predictor`, which are trained, and `probed_network`, "encoder"
+or "target_encoder". With `targets(clips)` and `loss_fn` the metric relative_loss is measured too. A
+mask sampler has `sample(sample_ids, seed)`, num_context and num_targets. To add a method, write it
+in a file beside this one and enter it into METHODS.
 """
 
 from typing import NamedTuple
@@ -27,10 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from comparisons import masks
 from comparisons.dino import DINO, Crops
 from comparisons.mae import MaskedAutoencoder
-from comparisons.masks import (ImageBlockMask, RandomMask, RunningCellMask, TruncatedMultiBlockMask,
-                               TubeMask)
 from masks import MultiBlockMask
 from model import VJEPA
 
@@ -68,42 +61,32 @@ METHODS = {
     "videomae2": Method(MaskedAutoencoder, "running-cell", mask_ratio=0.9),
     "dino": Method(DINO, "crops", one_frame=True),
 }
-
 SAMPLERS = {
-    "multi-block": MultiBlockMask,
-    "multi-block-truncated": TruncatedMultiBlockMask,
-    "random": RandomMask,
-    "tube": TubeMask,
-    "running-cell": RunningCellMask,
-    "image-block": ImageBlockMask,
-    "crops": Crops,
+    "multi-block": MultiBlockMask, "multi-block-truncated": masks.TruncatedMultiBlockMask,
+    "random": masks.RandomMask, "tube": masks.TubeMask, "running-cell": masks.RunningCellMask,
+    "image-block": masks.ImageBlockMask, "crops": Crops,
 }
 
 
-def per_mask_set(config, *names):
-    """The values of list fields of a config, one tuple per mask set. Raises ValueError."""
+def mask_settings(config, masking, mask_ratio):
+    """Each mask set's arguments of SAMPLERS[masking] beside the grid: [dict, ...].
+
+    mask_ratio: masked fraction, or 0. Raises ValueError.
+    """
+    if masking in ("image-block", "crops"):
+        return [{}]
+    if mask_ratio:
+        return [{"context_ratio": 1 - mask_ratio, "target_ratio": mask_ratio}]
+    names, shared = ["context_ratio", "target_ratio"], {}
+    if masking in ("multi-block", "multi-block-truncated"):
+        names, shared = ["num_blocks", "spatial_scale", *names], {
+            "aspect_ratio": config.aspect_ratio}
     values = [getattr(config, name) for name in names]
     if len(set(map(len, values))) > 1 or not values[0]:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
         raise ValueError(f"{flags} need one number per mask set each")
-    return list(zip(*values, strict=True))
-
-
-def mask_settings(config, masking, mask_ratio):
-    """The arguments of every mask set's sampler after its grid: [tuple, ...].
-
-    masking: a key of SAMPLERS; mask_ratio: masked fraction, or 0. Raises ValueError.
-    """
-    if masking in ("image-block", "crops"):
-        return [()]
-    if masking == "running-cell":
-        return [(1 - mask_ratio if mask_ratio else config.context_ratio[0],)]
-    if masking in ("random", "tube"):
-        return ([(1 - mask_ratio, mask_ratio)] if mask_ratio else
-                per_mask_set(config, "context_ratio", "target_ratio"))
-    return [(num_blocks, scale, config.aspect_ratio, context, target)
-            for num_blocks, scale, context, target in per_mask_set(
-                config, "num_blocks", "spatial_scale", "context_ratio", "target_ratio")]
+    return [dict(zip(names, numbers, strict=True), **shared)
+            for numbers in zip(*values, strict=True)]
 
 
 def build(config):
@@ -129,4 +112,4 @@ def build(config):
         num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, predictor_dim=config.predictor_dim,
         predictor_depth=config.predictor_depth, num_mask_sets=len(settings),
         init_std=config.init_std or None)
-    return model, [SAMPLERS[masking](model.encoder.grid, *values) for values in settings]
+    return model, [SAMPLERS[masking](model.encoder.grid, **values) for values in settings]

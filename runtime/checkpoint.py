@@ -1,8 +1,4 @@
-"""A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit.
-
-checkpoint-STEP.pt needs no random states: clips and masks are functions of (seed, sample id), and
-train.py seeds torch once per step.
-"""
+"""A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit."""
 
 import copy
 import hashlib
@@ -33,16 +29,13 @@ CODE_VERSION = code_version()  # at the start: files may be edited while a run g
 
 
 def prepare_run_dir(run_dir, restart):
-    """Make a run's folder and remove half-written files; restart: rename the old folder first.
-
-    Raises CheckpointError if the folder cannot be written.
-    """
+    """Make a run's folder, or clear it of half-written files; restart: rename the old one first.
+    Raises CheckpointError if it cannot be written."""
     try:
         if restart and run_dir.exists():
             names = (Path(f"{run_dir}.old{i}") for i in range(1, 1000))
             run_dir.rename(next(path for path in names if not path.exists()))
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "trial.tmp").touch()
         for path in run_dir.glob("*.tmp"):
             path.unlink()
     except OSError as error:
@@ -50,18 +43,14 @@ def prepare_run_dir(run_dir, restart):
 
 
 def _sync(path):
-    """Make the operating system write a file, or the list of names in a folder, to the disk."""
-    if os.name == "posix" and path.exists():
-        os.fsync(descriptor := os.open(path, os.O_RDONLY))
-        os.close(descriptor)
+    """Write a file, or the list of names in a folder, to the disk; the system may be holding it."""
+    os.fsync(descriptor := os.open(path, os.O_RDONLY))
+    os.close(descriptor)
 
 
 def save(run_dir, step, config, model, optimizer, scaler, skips):
-    """Write run_dir/checkpoint-STEP.pt and keep the one before it. Only the first process writes.
-
-    It is written to the disk under another name and then renamed, so a crash leaves all of it or
-    none. Raises CheckpointError, for example if the disk is full.
-    """
+    """Write checkpoint-STEP.pt on the first process and keep the one before. It gets its name when
+    it is complete: a crash leaves all or nothing. Raises CheckpointError, e.g. on a full disk."""
     if int(os.environ.get("RANK", 0)):
         return
     state = {name: network.state_dict() for name, network in model.named_children()}
@@ -75,15 +64,13 @@ def save(run_dir, step, config, model, optimizer, scaler, skips):
         _sync(run_dir / "metrics.csv")  # a power cut must not leave it older than the checkpoint
         with open(temporary, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
         _sync(run_dir)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of files
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not written ({reason}); the same command continues from "
-                              "the checkpoint before") from None
+        raise CheckpointError(f"{path}: not written ({reason})") from None
     files = sorted(run_dir.glob("checkpoint-*.pt"))
     for file in set(files) - set(files[:files.index(path) + 1][-2:]):  # older, or later but corrupt
         file.unlink()
@@ -101,10 +88,8 @@ def _damage(path):
 
 def latest(run_dir, config, may_change, quiet=False):
     """The dict of a run's latest readable checkpoint, or None if there is no checkpoint yet.
-
     may_change: fields of config that may differ; quiet: print no notes. Raises CheckpointError if
-    none is readable or if it contains code, ValueError if the run has another configuration.
-    """
+    none is readable or if it contains code, ValueError if the run has another configuration."""
     paths = sorted(run_dir.glob("checkpoint-*.pt"))
     while paths and (reason := _damage(paths[-1])):
         path = paths.pop()
@@ -115,8 +100,7 @@ def latest(run_dir, config, may_change, quiet=False):
             print(f"{path}: not readable ({reason}); continuing from {paths[-1].name}",
                   file=sys.stderr)
     if len(names := set(all_gather(paths[-1].name if paths else None))) > 1:
-        raise CheckpointError(f"{run_dir}: processes see different checkpoints, {names}: runs/ "
-                              "must be a folder that all machines share")
+        raise CheckpointError(f"{run_dir}: all machines must share it, but they see {names}")
     if not paths:
         return None
     saved = load_checkpoint(paths[-1])

@@ -1,11 +1,8 @@
-"""Devices, processes and precision: one process per GPU, each with the whole model (DDP).
-
-None of this changes what is computed: 1, 2 or 4 processes with the same global batch take the same
-steps, and so do compiled blocks and checkpointed activations.
-"""
+"""Devices, processes and precision: one process per GPU, each with the whole model (DDP)."""
 
 import inspect
 import os
+import resource
 import sys
 from functools import partial
 
@@ -52,17 +49,13 @@ def init_process_group(device):
 
 
 def split_batch(batch_size, micro_batch, world_size):
-    """A process's share of a step -> (clips per forward pass, number of forward passes).
-
-    micro_batch: at most so many clips per forward pass; 0: the whole share. Raises ValueError.
-    """
+    """A process's clips per forward pass, and its passes per step. Raises ValueError."""
     share, rest = divmod(batch_size, world_size)
     if rest:
         raise ValueError(f"--batch-size {batch_size} is not divisible by {world_size} processes")
     micro_batch = min(micro_batch or share, share)
     if share % micro_batch:
-        raise ValueError(f"--micro-batch {micro_batch} does not divide {share}, the clips per "
-                         "process of --batch-size")
+        raise ValueError(f"--micro-batch {micro_batch} does not divide a process's {share} clips")
     return micro_batch, share // micro_batch
 
 
@@ -86,12 +79,9 @@ def pick_compile(name, device, masking):
 
 
 def compile_blocks(model, num_mask_sets, backend="inductor"):
-    """Compile the transformer blocks of a model, once for every shape that they are called with.
-
-    All blocks share their graphs: one for the target encoder, two per mask set. That takes seconds,
-    where a graph of the whole loss takes minutes.
-    """
-    # Beyond this limit, 8 by default, dynamo would run the blocks uncompiled.
+    """Compile a model's blocks, which takes seconds; a graph of the whole loss takes minutes."""
+    # They share a graph for the target encoder and two per mask set. Beyond this limit, dynamo would
+    # not compile them.
     torch._dynamo.config.cache_size_limit = max(8, 1 + 2 * num_mask_sets)
     for block in model.modules():
         if isinstance(block, Block):
@@ -122,10 +112,7 @@ def to_device(batch, device):
 
 
 def mean_and_any(values, flags, device):
-    """Means of values and logical "or" of flags over all processes, in a single all_reduce.
-
-    values: floats or scalar tensors; flags: bools -> ([float, ...], [bool, ...]).
-    """
+    """Means of values and "or" of flags over all processes, in one all_reduce: two lists."""
     sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
                         for x in (*values, *flags)])
     if dist.is_initialized():
@@ -144,12 +131,8 @@ def all_gather(obj):
 
 
 def peak_memory(device):
-    """Most bytes used so far: on the GPU, or by this process in main memory (0 on Windows)."""
+    """Most bytes used so far, on the GPU or by this process in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,7 +1,7 @@
 """Frozen features: each clip is decoded and encoded once, stored, and probed any number of times.
 
-Features are stored in cache/, in one memory-mapped float16 file for each encoder and set of clips,
-named by a hash of all that they depend on. Any file there may be deleted at any time.
+cache/ has a memory-mapped float16 file for each encoder and set of clips, named by a hash of all
+that the features depend on. Any file there may be deleted at any time.
 """
 
 import hashlib
@@ -53,10 +53,8 @@ class OneFrame(nn.Module):
 
 
 class FrameByFrame(nn.Module):
-    """An encoder of single frames, applied to every frame of a clip separately.
-
-    The embedding of a frame's time is added to its tokens, so that a probe can tell frames apart.
-    """
+    """An encoder of single frames, applied to every frame of a clip separately. The embedding of a
+    frame's time is added to its tokens, so that a probe can tell frames apart."""
 
     def __init__(self, encoder, num_frames):
         super().__init__()
@@ -87,12 +85,9 @@ def on_clips(encoder, num_frames):
 
 def open_encoder(checkpoint=None, data=None, device="auto", num_heads=None, frame_step=None,
                  fps=None):
-    """The frozen encoder of a checkpoint, and the clips that it was trained on.
-
-    checkpoint: a file or a run's folder (None: the latest run); the other arguments replace what it
-    records. Returns its path; the encoder on its device; data, a list of paths; and a dict of the
-    other arguments of data.open_clips. Raises ValueError or CheckpointError.
-    """
+    """A frozen encoder and the clips it was trained on -> (path, encoder on its device, data, clip).
+    checkpoint: a file or a run's folder (None: the latest run); other arguments replace what it
+    records; data, clip: arguments of data.open_clips. Raises ValueError or CheckpointError."""
     device, path = pick_device(device), Path(checkpoint or latest_run())
     config = load_checkpoint(path).get("config", {})
     encoder = load_encoder(path, num_heads=num_heads)
@@ -120,10 +115,8 @@ def random_init_encoder(path, num_heads=None):
 def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, num_workers=0,
                    title=None):
     """Yield (data.Batch, [tokens (B, V, S * N, D) float32 of each encoder]), batch by batch.
-
-    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device, on CUDA in bfloat16;
-    bad_files: a loading.BadFiles; title: of the progress bar.
-    """
+    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device; on CUDA they run in bfloat16;
+    bad_files: a loading.BadFiles; title: of the progress bar."""
     device = torch.device(next((p.device for encoder in encoders for p in encoder.parameters()),
                                "cpu"))
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
@@ -140,29 +133,24 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
         yield batch, [tokens.unflatten(0, clips.shape[:3]).flatten(2, 3) for tokens in per_encoder]
 
 
-def keys(encoders, dataset, sample_ids):
-    """For each encoder, a hash of everything that its features of these clips depend on."""
-    clips = hashlib.sha256(f"{dataset.identity()} {list(sample_ids)} {CODE_VERSION}".encode())
-    digests = [clips.copy() for _ in encoders]
-    for encoder, digest in zip(encoders, digests, strict=True):
-        for module in encoder.modules():
-            digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
-        for name, value in encoder.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device.type}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy())
-    return [digest.hexdigest()[:32] for digest in digests]
+def key(encoder, identity, sample_ids):
+    """A hash of all that features depend on; identity: the dataset's, which looks at its files."""
+    digest = hashlib.sha256(f"{identity} {list(sample_ids)} {CODE_VERSION}".encode())
+    for module in encoder.modules():
+        digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:32]
 
 
 def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_workers=0, title=None,
            store=CACHE):
     """Features of the clips with these sample ids by each encoder: [Features, ...].
-
-    Each clip is decoded once for all encoders whose features are not in `store`, a folder; the
-    other arguments as in encode_batches. Raises DataError if no clip is readable, or if the
-    features do not fit on the disk.
-    """
-    sample_ids, folder = list(sample_ids), Path(store)
-    files = [folder / f"{key}.npy" for key in keys(encoders, dataset, sample_ids)]
+    They are read from `store`, a folder, or else computed and stored; other arguments as in
+    encode_batches. Raises DataError if no clip is readable or if the disk is too small."""
+    sample_ids, folder, identity = list(sample_ids), Path(store), dataset.identity()
+    files = [folder / f"{key(encoder, identity, sample_ids)}.npy" for encoder in encoders]
     missing = {file: encoder for file, encoder in zip(files, encoders, strict=True)
                if not file.with_suffix(".json").exists()}
     if missing:
@@ -182,10 +170,8 @@ def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_wor
 
 
 def _store(files, batches, capacity):
-    """Write each encoder's tokens to a file, and when all are complete, notes that validate them.
-
-    batches: from encode_batches; capacity: the number of clips, if all are readable.
-    """
+    """Write the tokens of `batches` (encode_batches) to a file per encoder, and then notes that
+    validate them; capacity: the number of clips, if all are readable."""
     arrays, kept, bad = [], [], []
     for batch, per_encoder in batches:
         bad += batch.bad
@@ -194,8 +180,7 @@ def _store(files, batches, capacity):
             needed = 2 * sum(map(math.prod, shapes))
             if needed > (free := shutil.disk_usage(files[0].parent).free):
                 raise DataError(f"the features need {needed / 1e9:.1f} GB in {files[0].parent}/, "
-                                f"which has {free / 1e9:.1f} GB left: use fewer clips or "
-                                "--segments, or another --cache")
+                                f"which has {free / 1e9:.1f} GB left: pass another --cache")
             arrays = [np.lib.format.open_memmap(file, "w+", np.float16, shape)
                       for file, shape in zip(files, shapes, strict=True)]
         for array, tokens in zip(arrays, per_encoder, strict=True):
@@ -211,12 +196,11 @@ def _store(files, batches, capacity):
 
 
 def open_splits(data, split, clip, test_data=None, segments=1, views=1):
-    """Labelled clips to train probes on, clips to test them on, and the sample ids of each fold.
+    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
 
-    -> (train_set, test_set, [(train_ids, test_ids), ...]). Test clips are those in test_data (a
-    list of paths), or the `split` of data, or its val split, or every third group, or every third
-    clip of each class; split "leave-one-group-out" has a fold for each group. clip: other arguments
-    of data.open_clips; views: of test clips, training clips have one. Raises DataError.
+    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
+    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
+    for each group. clip: as from open_encoder; views: of test clips only. Raises DataError.
     """
     def open_split(split, paths=data, **options):
         return open_clips(paths, **clip, split=split, train=False, segments=segments, **options)

@@ -7,11 +7,8 @@ from typing import get_args, get_origin
 
 
 def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-math.inf):
-    """A dataclass field with its --help text and the values that it, or a list's items, may take.
-
-    choices: the allowed values; least and most: an inclusive range; above: an exclusive lower
-    bound. Numbers must be finite in any case.
-    """
+    """A dataclass field with its --help text and the values that it, or a list's items, may take:
+    choices, or finite numbers from least to most and greater than `above`."""
     metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most,
                 "above": above}
     if isinstance(default, list):
@@ -25,12 +22,8 @@ def flag_name(name):
 
 
 def parse(parser, config_class, arguments=None, defaults=None):
-    """Parse a command line -> (config, namespace of the parser's other arguments).
-
-    parser: argparse's, which gets a flag for every field; defaults: function from that namespace
-    to the config that flags change, if not config_class(). Exits with code 2 and one line if a flag
-    is unknown or out of its range.
-    """
+    """Parse a command line -> (config, namespace of the parser's other arguments), or exit with 2.
+    defaults: function from that namespace to the config that flags change, if not config_class()."""
     for f in fields(config_class):
         # A flag that is not given leaves no attribute, so that defaults stay in one place.
         options = {"help": f.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
@@ -55,17 +48,16 @@ def parse(parser, config_class, arguments=None, defaults=None):
 def check(config):
     """Raise ValueError, in one line, if a field of a dataclass is out of its range."""
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
+        name, value = flag_name(f.name), getattr(config, f.name)
+        choices, least, above, most = map(f.metadata.get, ("choices", "least", "above", "most"))
         for item in value if isinstance(value, list) else [value]:
-            rules = {}
-            if limits["choices"]:
-                rules[f"one of {', '.join(map(repr, limits['choices']))}"] = (
-                    item in limits["choices"])
-            if isinstance(item, int | float):
-                rules |= {"a finite number": math.isfinite(item),
-                          f"at least {limits['least']:g}": item >= limits["least"],
-                          f"above {limits['above']:g}": item > limits["above"],
-                          f"at most {limits['most']:g}": item <= limits["most"]}
-            for wanted, met in rules.items():
+            if choices and item not in choices:
+                raise ValueError(f"{name} {item} must be one of {', '.join(map(repr, choices))}")
+            if not isinstance(item, int | float):
+                continue
+            for wanted, met in (("a finite number", math.isfinite(item)),
+                                (f"at least {least:g}", item >= least),
+                                (f"above {above:g}", item > above),
+                                (f"at most {most:g}", item <= most)):
                 if not met:
-                    raise ValueError(f"{flag_name(f.name)} {item} must be {wanted}")
+                    raise ValueError(f"{name} {item} must be {wanted}")

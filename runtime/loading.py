@@ -13,10 +13,8 @@ from video.decode import DataError
 
 
 class BadFiles:
-    """Reports each unreadable file once, and stops the run when there are too many.
-
-    Too many: more than 3, and more than max_bad of the files tried, where fewer than 1000 tried (or
-    `total`, if the set is smaller) count as that many. With max_bad 0, one is too many.
+    """Reports each unreadable file once, and stops the run when there are too many: more than 3
+    (max_bad 0: than none) and than max_bad * the number of files tried, or 1000 or `total` early on.
     """
 
     def __init__(self, max_bad=0.05, total=math.inf):
@@ -67,10 +65,7 @@ def ignore_signals(worker):
 
 def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
     """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
-
-    Worker processes read ahead, each on one thread, and sample the masks (sample_masks: sample ids
-    -> masks). Raises DataError.
-    """
+    Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError."""
     try:
         # Without a generator of its own, DataLoader would draw from torch's global random state.
         yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,

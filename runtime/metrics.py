@@ -1,8 +1,4 @@
-"""What features are worth, without training anything: spread, rank and k-NN accuracy.
-
-The training loop measures these on a fixed set of clips, because its loss does not measure
-progress.
-"""
+"""What features are worth, without training anything: spread, rank and k-NN accuracy."""
 
 import math
 
@@ -12,9 +8,7 @@ import torch.nn.functional as F
 
 def rankme(features):
     """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values).
-
-    NaN if a feature is not finite.
-    """
+    NaN if a feature is not finite."""
     if not features.isfinite().all():
         return math.nan
     values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no SVD
@@ -36,9 +30,7 @@ def standardize(train, *others):
 
 def knn_votes(train, labels, test, k=10):
     """Votes of the k nearest, weighted by exp(cosine / 0.07): (n, D), (n,), (m, D) -> (m, classes).
-
-    If test is the same tensor as train, every clip's own vote is left out.
-    """
+    If test is the same tensor as train, every clip's own vote is left out."""
     similarity = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T  # (m, n)
     if test is train:
         similarity.fill_diagonal_(-1e9)
@@ -54,7 +46,7 @@ def knn_predict(train, labels, test, k=10):
 
 @torch.no_grad()
 def feature_metrics(model, batches):
-    """Is a model learning something, or collapsing? {name: float} on a fixed set of clips.
+    """Is a model learning something, or collapsing? {name: float} of a fixed set of clips.
 
     batches: an iterable of (clips, masks, labels {task: (B,)}). Of layer-normed features of the
     probed network: std_clips, over clips at a position (0: all clips look the same); std_tokens,

@@ -18,8 +18,7 @@ COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder"
            "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
 
 # When forced to collapse (momentum 0; learning rate 0.1), preset tiny's std_clips fell to between
-# 0.13 and 0.23, or its RankMe to 11 of 96; healthy runs stay above 0.45 and 40. Position embedding
-# and LayerNorm keep both above 0.
+# 0.13 and 0.23, or its RankMe to 11 of 96; healthy runs stay above 0.45 and 40.
 STD_FLOOR, RANK_FLOOR = 0.25, 15.0
 EVALS_BEFORE_WARNING = 3  # the first evaluation may come before the features have spread
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
@@ -34,23 +33,18 @@ class SkippedSteps:
 
 
 class Monitor:
-    """Follows one run: progress bar, speed, metrics, skipped steps, warnings.
+    """Follows one run: progress bar, speed, metrics, skipped steps, warnings. Only rank 0 writes
+    and, except about skipped steps, prints. first_step: steps done before; tasks: of the k-NN."""
 
-    first_step: steps done before; tasks: those with a k-NN accuracy; batch_size: clips per step,
-    over all processes; logger: as in require_logger. Only rank 0 writes and, except about skipped
-    steps, prints.
-    """
-
-    def __init__(self, run_dir, first_step, total_steps, tasks, rank, batch_size, device, skips,
-                 logger=""):
-        self.run_dir, self.first_step, self.total_steps = run_dir, first_step, total_steps
-        self.rank, self.batch_size, self.device, self.skips = rank, batch_size, device, skips
+    def __init__(self, run_dir, config, first_step, tasks, rank, device, skips):
+        self.run_dir, self.config, self.first_step = run_dir, config, first_step
+        self.rank, self.device, self.skips = rank, device, skips
         # Time and steps are counted from the last evaluation on.
         self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, first_step
         if rank == 0:
             self.file, self.writer = open_metrics(run_dir / "metrics.csv", tasks, first_step)
-            self.log, self.close_log = open_logger(logger, run_dir, first_step)
-        self.bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps,
+            self.log, self.close_log = open_logger(config.log, run_dir, first_step)
+        self.bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps,
                         unit="step", disable=None if rank == 0 else True)  # None: unless a terminal
 
     def progress(self):
@@ -67,16 +61,14 @@ class Monitor:
 
     @contextmanager
     def paused(self):
-        """Whatever runs inside, an evaluation, does not count for clips per second."""
+        """An evaluation, which runs inside, does not count for clips per second."""
         started = time.perf_counter()
         yield
         self.since += time.perf_counter() - started
 
     def skip(self, step, loss, grad_norms, sample_ids, scale=None):
-        """Count step 1, 2, ... as skipped, and name the clips that may be the cause.
-
-        sample_ids: a list for each suspected micro-batch of this process; scale: the fp16 scaler's.
-        """
+        """Count step 1, 2, ... as skipped, and name the clips that may be the cause: sample_ids, a
+        list for each suspected micro-batch of this process. scale: of the fp16 scaler."""
         self.skips.total += 1
         # A finite loss and a scale that can still be lowered: the scaler is searching for the
         # largest scale that does not overflow, which is no sign of a fault.
@@ -88,43 +80,38 @@ class Monitor:
                        f"{grad_norms[1]:g}; samples {samples}", file=sys.stderr)
 
     def step(self, step, loss, lr, weight_decay, momentum, grad_norms, **evaluation):
-        """Record step 1, 2, ... after it is done; to be called on every process.
-
-        grad_norms: of encoder and predictor; evaluation: from metrics.feature_metrics, if there was
-        one. Raises FloatingPointError on every process after MAX_SKIPS skipped steps in a row.
-        """
+        """Record step 1, 2, ... on every process. grad_norms: of encoder and predictor; evaluation:
+        feature_metrics, if any. Raises FloatingPointError after MAX_SKIPS skipped steps in a row."""
         if all(map(math.isfinite, (loss, *grad_norms))):
             self.skips.consecutive = 0
         if self.rank == 0:
-            self._record({"step": step, "loss": loss, "lr": lr, "weight_decay": weight_decay,
-                          "momentum": momentum, "grad_norm_encoder": grad_norms[0],
-                          "grad_norm_predictor": grad_norms[1], "skipped": self.skips.total,
-                          **evaluation}, evaluation)
+            values = step, loss, lr, weight_decay, momentum, *grad_norms, self.skips.total
+            self._record(dict(zip(COLUMNS, values, strict=False)), evaluation)
         if evaluation:
             self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, step
         if self.skips.consecutive >= MAX_SKIPS:
-            raise FloatingPointError(
-                f"{MAX_SKIPS} steps in a row skipped, the last {step}, because loss or gradient "
-                "was not finite: check the samples named above, or lower --lr or --clip-grad")
+            raise FloatingPointError(f"{MAX_SKIPS} steps in a row skipped, the last {step}, because "
+                                     "loss or gradient was not finite: check the samples named "
+                                     "above, or lower --lr or --clip-grad")
 
     def _record(self, row, evaluation):
         """Write a row of metrics.csv; show it on the bar; print and draw what was evaluated."""
         step, elapsed = row["step"], time.perf_counter() - self.since
-        shown = {"loss": f"{row['loss']:.3f}",
-                 "clips/s": f"{(step - self.evaluated) * self.batch_size / elapsed:.3g}",
+        clips = (step - self.evaluated) * self.config.batch_size
+        shown = {"loss": f"{row['loss']:.3f}", "clips/s": f"{clips / elapsed:.3g}",
                  "data wait": f"{self.waited / elapsed:.0%}"}
-        self.writer.writerow(row)
-        self.log(row)
+        self.writer.writerow(row | evaluation)
+        self.log(row | evaluation)
         self.bar.set_postfix(shown, refresh=False)
         if step == self.first_step + 1:
-            peak = peak_memory(self.device) / 1e9
-            tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
+            tqdm.write(f"memory      {peak_memory(self.device) / 1e9:.3g} GB at its peak in the "
+                       "first step")
         if evaluation:
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
             if warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv")):
                 tqdm.write(warning, file=sys.stderr)
-        if evaluation or step == self.total_steps:
+        if evaluation or step == self.config.steps:
             draw_curves(self.run_dir)
 
     def close(self):
@@ -136,7 +123,7 @@ class Monitor:
 
 
 def require_logger(name):
-    """Raise ValueError if the package behind --log is missing: "", "tensorboard" or "wandb"."""
+    """Raise ValueError if the package behind --log, tensorboard or wandb, is missing."""
     try:
         if name:
             importlib.import_module(name)
@@ -206,10 +193,8 @@ def draw_curves(run_dir):
 
 
 def collapse_warning(rows):
-    """A warning if the last EVALS_BEFORE_WARNING evaluations show collapse, else None.
-
-    rows: of metrics.csv. It is given once: not if the evaluation before those showed collapse too.
-    """
+    """A warning if the last EVALS_BEFORE_WARNING evaluations in rows of metrics.csv, and not already
+    the one before, show collapse; else None."""
     evaluations = [row for row in rows if row["rankme"]]
     low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR
            for row in evaluations]

@@ -28,9 +28,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 def sample_ids(step, i, batch_size, rank, world_size, micro_batch):
     """The clips of a process's i-th micro-batch in a step: a list of ints.
-
-    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once.
-    """
+    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once."""
     first = step * batch_size + (i * world_size + rank) * micro_batch
     return list(range(first, first + micro_batch))
 
@@ -50,7 +48,8 @@ def catch_signals():
 
     def remember(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills at once
+        if number == signal.SIGINT:  # a second Ctrl-C kills at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     for number in STOPS:
         signal.signal(number, remember)
@@ -59,11 +58,8 @@ def catch_signals():
 
 class Run:
     """One process of a training run, ready to take its first step, or the next one.
-
-    model, on its device, samplers and optimizer: as train.py builds them; rank, world_size, device:
-    from distributed.setup_device. Raises ValueError, DataError or CheckpointError, in one line,
-    before anything is written.
-    """
+    Arguments: as in train.main. Raises ValueError, DataError or CheckpointError, in one line, before
+    anything is written."""
 
     def __init__(self, config, run_dir, restart, model, samplers, optimizer, rank, world_size,
                  device):
@@ -110,25 +106,18 @@ class Run:
         if rank == 0:
             (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
             self._describe(first_step, samplers, precision)
-        self.log = monitor.Monitor(run_dir, first_step, config.steps,
-                                   list(self.eval_set.class_names), rank, config.batch_size,
-                                   device, skips, config.log)
+        self.log = monitor.Monitor(run_dir, config, first_step, self.eval_set.class_names, rank,
+                                   device, skips)
 
     def _describe(self, first_step, samplers, precision):
         """Print the method, sizes, masks and hardware."""
         config, grid = self.config, self.model.encoder.grid
-        tokens = math.prod(grid)
-        hidden = [1 - sampler.num_context / tokens for sampler in samplers]
-        masked = (f"masked {' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean "
-                  f"{sum(hidden) / len(hidden):.0%}; context -> targets "
-                  + ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers))
-        if config.method == "dino":
-            masked = f"nothing masked, {samplers[0].num_context} tokens in all crops together"
+        hidden = [max(0, 1 - sampler.num_context / math.prod(grid)) for sampler in samplers]
         how = [str(self.device), precision, *["compiled"] * self.compiled,
                *["activations checkpointed"] * config.checkpoint_activations]
         sizes = {name.replace("_", " "): sum(p.numel() for p in network.parameters()) / 1e6
                  for name, network in self.model.named_children()}
-        print(f"run         {self.dir}" + f", resumed after step {first_step}" * bool(first_step),
+        print(f"run         {self.dir}" + f", resumed after step {first_step}" * (first_step > 0),
               f"method      {config.method}",
               f"data        {' '.join(config.data)}",
               f"device      {', '.join(how)}, {self.world_size} process(es)",
@@ -136,7 +125,10 @@ class Run:
               f"{self.micro_batch} x {self.accumulation}",
               f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
               f"peak learning rate {config.lr:g}",
-              f"tokens      {tokens} {grid} per clip; {masked}",
+              f"tokens      {math.prod(grid)} {grid} per clip; masked "
+              f"{' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean {np.mean(hidden):.0%}; "
+              "context -> targets "
+              + ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers),
               f"parameters  {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())}",
               sep="\n", flush=True)
 

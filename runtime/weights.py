@@ -3,15 +3,13 @@
     encoder = load_encoder("runs/tiny-seed0")      # or a file: vitl16.pth.tar
     features = encoder(clips)                      # (B, 3, T, H, W) -> (B, N, D)
 
-Only tensors and plain containers are unpickled. Sizes are inferred from the tensors, so the
-published ViT-L and ViT-H files need no arguments.
+Sizes are inferred from the tensors, so the published ViT-L and ViT-H files need no arguments.
 """
 
 import pickle
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model import VJEPA, VisionTransformer
@@ -26,23 +24,21 @@ class CheckpointError(Exception):
 
 def latest_run():
     """The folder in runs/ with the latest checkpoint. Raises CheckpointError if there is none."""
-    files = sorted(Path("runs").glob("*/checkpoint-*.pt"), key=lambda path: path.stat().st_mtime)
-    if not files:
+    files = Path("runs").glob("*/checkpoint-*.pt")
+    latest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    if not latest:
         raise CheckpointError("runs/ holds no checkpoint: run train.py, or pass --checkpoint")
-    return files[-1].parent
+    return latest.parent
 
 
 def load_checkpoint(path):
-    """A checkpoint's dict, on the CPU; path: a file, or a run's folder for its last checkpoint.
-
-    Raises CheckpointError.
-    """
+    """The dict in a file, or in a run's last checkpoint, on the CPU. Raises CheckpointError."""
     path = Path(path)
     if path.is_dir():
         path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
-    try:
+    try:  # weights_only: tensors and plain containers, no code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -81,29 +77,24 @@ def count_blocks(state):
 
 
 def encoder_sizes(checkpoint, which, path, **overrides):
-    """VisionTransformer's arguments, from the tensors of checkpoint[which].
-
-    overrides: img_size, num_frames or num_heads, if the checkpoint does not record them (0 or None:
-    it does). Raises CheckpointError if one of them is still missing.
-    """
+    """VisionTransformer's arguments, from the tensors of checkpoint[which]. Raises CheckpointError.
+    overrides: arguments that the checkpoint does not record (0 or None: it does)."""
     state = state_dict(checkpoint, which, path)
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
     D, C, t, p, _ = state["patch_embed.proj.weight"].shape
-    table, axis_dim = state["pos_embed"][0].numpy(), -(-D // 6) * 2  # (N, D)
+    table, axis_dim = state["pos_embed"][0], -(-D // 6) * 2  # (N, D)
     # Time, row and column have a third of the channels each: count the distinct rows of each third.
-    T, H, W = (len(np.unique(table[:, i * axis_dim:(i + 1) * axis_dim], axis=0)) for i in range(3))
-    sizes = {"patch_size": p, "tubelet_size": t, "in_chans": C, "embed_dim": D,
-             "depth": count_blocks(state),
+    T, H, W = (len(part.unique(dim=0)) for part in table.split(axis_dim, dim=1))
+    if len(table) != T * H * W or H != W:
+        raise CheckpointError(f"{path}: the position embedding of '{which}' is not a sine-cosine")
+    sizes = {"img_size": H * p, "patch_size": p, "num_frames": T * t, "tubelet_size": t,
+             "in_chans": C, "embed_dim": D, "depth": count_blocks(state),
+             "num_heads": checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)),
              "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}
-    if len(table) == T * H * W and H == W:
-        sizes |= {"img_size": H * p, "num_frames": T * t}
-    if num_heads := checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)):
-        sizes["num_heads"] = num_heads
     sizes |= {name: value for name, value in overrides.items() if value}
-    for name in ("img_size", "num_frames", "num_heads"):
-        if name not in sizes:
-            raise CheckpointError(f"{path}: the checkpoint does not record {name}; pass {name}=...")
+    if not sizes["num_heads"]:
+        raise CheckpointError(f"{path}: does not record num_heads; pass num_heads=...")
     return sizes
 
 
@@ -114,11 +105,8 @@ def load_networks(model, checkpoint, path):
 
 
 def load_encoder(path, which=None, **overrides):
-    """A frozen encoder in eval mode; path: a run's folder, its checkpoint, or a published .pth.tar.
-
-    which: "target_encoder" or "encoder" (None: the one that is probed, the target encoder if the
-    method has one); overrides as in encoder_sizes. Raises CheckpointError.
-    """
+    """A frozen encoder in eval mode, of a run's folder or a checkpoint. Raises CheckpointError.
+    which: "target_encoder" or "encoder" (None: the one that is probed); overrides: num_heads=..."""
     checkpoint = load_checkpoint(path)
     which = which or checkpoint.get("probed_network", VJEPA.probed_network)
     encoder = VisionTransformer(**encoder_sizes(checkpoint, which, path, **overrides))

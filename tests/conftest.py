@@ -21,12 +21,13 @@ def tensors(golden):
     return {name: torch.from_numpy(golden[name]) for name in golden}
 
 
-def write_video(path, frames=40, codec="libx264", pixels="yuv420p", width=64, height=48,
-                stamps=None, options=None, shade=6, form=None):
+def write_video(path, frames=40, codec="libx264", pix_fmt="yuv420p", width=64, height=48,
+                stamps=None, options=None, shade=6, container_format=None):
     """Frame i is gray of value shade * i, its left half black; stamps are in 1/300 s."""
-    with av.open(path if form else str(path), "w", form) as container:
+    file = path if container_format else str(path)
+    with av.open(file, "w", container_format) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = Fraction(1, 300)
         for i in range(frames):
             image = np.full((height, width, 3), shade * i, np.uint8)
@@ -38,9 +39,14 @@ def write_video(path, frames=40, codec="libx264", pixels="yuv420p", width=64, he
     return path
 
 
+def frame_indices(clip, shade=6):
+    """The frames of write_video in a clip (T, H, W, 3), recognised by their right half's gray."""
+    return [round(float(frame[:, -frame.shape[1] // 4:].mean()) / shade) for frame in clip]
+
+
 @pytest.fixture
 def videos(tmp_path):
-    """Class folders with 12 short videos, of which b/3.mp4 is a text file."""
+    """Class folders with 12 short videos, one of which, b/3.mp4, is a text file."""
     for i in range(12):
         folder = tmp_path / "videos" / "ab"[i // 6]
         folder.mkdir(parents=True, exist_ok=True)

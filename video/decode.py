@@ -28,7 +28,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # From version 17 on, PyAV starts threads for every frame, but the loader's workers fill the cores.
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-# What FFmpeg and Pillow raise if a file is damaged.
+# Errors that FFmpeg and Pillow raise for damaged files.
 UNREADABLE = (av.FFmpegError, OSError, ValueError, TypeError, SyntaxError,
               Image.DecompressionBombError)
 
@@ -38,23 +38,24 @@ class DataError(Exception):
 
 
 class Batch(NamedTuple):
-    """The clips of a list of sample ids, and what goes with them."""
+    """A batch of clips, as `dataset.batch(sample_ids)` returns it."""
 
-    clips: torch.Tensor  # (B, 3, T, H, W) float32, normalized; or (B, V, S, 3, T, H, W)
+    clips: torch.Tensor  # (B, 3, T, H, W) or (B, views, segments, 3, T, H, W) float32
     sample_ids: torch.Tensor  # (B,) int64
-    bad: list[str]  # "path: reason" of every unreadable file
-    masks: list = []  # from the loader: [(context (B, Kc), targets (B, Kt)), ...] int64
+    bad: list[str]  # a line "path: reason" per unreadable file
+    masks: list = []  # added by the loader: [(context (B, Kc), targets (B, Kt)), ...], int64
 
 
 def read_clip(path, num_frames, frame_step, start=None, *, position=0.5, fps=None, crop=None,
               timeout=30.0):
     """A clip of a video, a folder of frames or an image: (T, H, W, 3) uint8, RGB, upright.
 
-    frame_step: take every n-th frame of the file; fps: take so many frames per second instead.
-    start: the file's frame to start at; None: by `position`, 0 for the earliest start that is
-    possible, 1 for the latest. After the end of the file its last frame is repeated.
-    crop: function (height, width) -> (top, left, height, width), (height, width): the part to keep
-    and its new size. Raises DataError: unreadable, or no frame decoded for `timeout` seconds.
+    frame_step: take every n-th frame of the file; fps: frames per second to take instead.
+    start: index of the first frame; None: by `position`, 0 for the earliest possible start to 1 for
+    the latest. Past the end of the file its last frame is repeated.
+    crop: function (height, width) -> (top, left, height, width), (height, width): the box to keep
+    and its new size. Raises DataError if the file is unreadable, or if no frame is decoded for
+    `timeout` seconds.
     """
     path, crop = os.fspath(path), crop or partial(resize_short_side, None)
     if num_frames < 1 or (fps or frame_step) <= 0:
@@ -100,7 +101,7 @@ def _try_frames(path, timeout, trust_header, num_frames, frame_step, start, posi
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         stream = _video_stream(container, path)
         packets = [] if trust_header else _read_packets(container, stream, math.inf)
-        # Here all times are in ticks of the stream's clock. interval: from a frame to the next.
+        # All times are in ticks of the stream's clock; interval is the time between frames.
         first, last, interval = (_header_span(container, stream) if trust_header
                                  else _packet_span(packets))
         step = float(1 / (fps * stream.time_base)) if fps else frame_step * interval
@@ -126,7 +127,7 @@ def _try_frames(path, timeout, trust_header, num_frames, frame_step, start, posi
         for frame in _decode(path, stream.codec_context, packets, stamps, times, timeout):
             due = bisect_left(times, frame.pts)  # how many come before this frame is shown
             if trust_header and due and not current:
-                return
+                return  # decoding began too late
             if current and due > count:
                 yield current, due - count
                 count = due
@@ -198,12 +199,12 @@ def _packet_span(packets):
 
 
 def _converter(frame, crop):
-    """A function from decoded frames to the part that `crop` keeps, (H, W, 3) uint8."""
+    """A function from decoded frames to the box that `crop` keeps, (H, W, 3) uint8."""
     turns = round(frame.rotation / 90) % 4
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
     (top, left, kept_height, kept_width), (new_height, new_width) = crop(height, width)
-    # The whole frame is scaled while its colours are converted, so that the part to keep gets its
-    # new size: it is resampled only once, and no large RGB frame is needed.
+    # The whole frame is scaled, so that the box gets its new size, while colours are converted:
+    # one resampling, and never a large RGB frame.
     tall = max(new_height, round(height * new_height / kept_height))
     wide = max(new_width, round(width * new_width / kept_width))
     y = min(round(top * tall / height), tall - new_height)
@@ -234,7 +235,7 @@ def _read_images(path, crop, num_frames, frame_step, start, position, fps):
         if not shape:
             shape, (box, size) = image.size, crop(image.height, image.width)
         if image.size != shape:
-            raise DataError(f"{files[index]}: not the size of the frames before it")
+            raise DataError(f"{files[index]}: its size differs from that of the first frame")
         frames[index] = np.asarray(F.resized_crop(image, *box, size))
     return np.stack([frames[index] for index in indices])  # (T, H, W, 3)
 
@@ -252,16 +253,13 @@ def last_digits(file):
 
 
 def resize_short_side(side, height, width):
-    """A crop for read_clip, with partial: the whole frame, its shorter side as given (None: as is).
-
-    Returns (top, left, height, width), (new height, new width).
-    """
+    """A crop for read_clip, with partial: the whole frame, resized to this shorter side, if any."""
     scale = (side or min(height, width)) / min(height, width)
     return (0, 0, height, width), (round(height * scale), round(width * scale))
 
 
 def random_resized_crop(rng, size, height, width):
-    """Another: 30 to 100 % of the area, aspect ratio 0.75 to 1.35, resized to size x size."""
+    """A random crop: 30 to 100 % of the area, aspect ratio 0.75 to 1.35, resized to a square."""
     for _ in range(10):
         area = height * width * rng.uniform(0.3, 1.0)
         aspect = math.exp(rng.uniform(math.log(0.75), math.log(1.35)))
@@ -273,22 +271,22 @@ def random_resized_crop(rng, size, height, width):
 
 
 def normalize(clip):
-    """A uint8 array (T, H, W, 3) -> a float32 tensor (3, T, H, W), by ImageNet's mean and std."""
+    """uint8 array (T, H, W, 3) -> float32 tensor (3, T, H, W), with ImageNet's mean and std."""
     clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))
     frames = F.to_dtype(clip, torch.float32, scale=True).transpose(0, 1)  # (T, 3, H, W)
     return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD).transpose(0, 1)
 
 
 def denormalize(clips):
-    """The inverse, as float: (..., 3, T, H, W) -> RGB in 0..1, (..., T, H, W, 3)."""
+    """The inverse, for pictures: (..., 3, T, H, W) -> RGB in 0..1, (..., T, H, W, 3) float32."""
     rgb = clips.movedim(-4, -1)
     return (rgb * rgb.new_tensor(IMAGENET_STD) + rgb.new_tensor(IMAGENET_MEAN)).clamp(0, 1)
 
 
 def describe(path):
-    """What a file's header records: ("codec, frame rate", height, width, seconds), 0 if unknown.
+    """From a file's header: "codec, frame rate", height, width, seconds (0 if unknown).
 
-    Raises DataError or av.FFmpegError.
+    Raises DataError or av.FFmpegError if the file is unreadable.
     """
     if is_still(path):
         kind = "folder of frames" if os.path.isdir(path) else "image"

@@ -1,4 +1,4 @@
-"""What clips there are: lists of `path label` lines, class folders, folders of frames, images."""
+"""The clips that a path points to: lists of `path label` lines, class folders, frames, images."""
 
 import csv
 import os
@@ -15,18 +15,18 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 class Entry(NamedTuple):
-    """One clip, and what its source says about it."""
+    """A clip, with its annotations if its source has any."""
 
     path: str
     label: str | None = None
-    name: str | None = None  # the class's, where the label is a number
+    name: str | None = None  # the class's, if the label is a number
     group: str | None = None
     split: str | None = None
-    where: str = ""  # the list and line that says so
+    where: str = ""  # "file:line" in a list
 
 
 def find_entries(path):
-    """The clips that a path points to. Raises DataError."""
+    """The clips that a path points to, as a list of Entry. Raises DataError."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
@@ -43,25 +43,25 @@ def _read_list(file):
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: neither a video nor a readable list of them") from error
-    comma = any("," in line for line in lines[:1])
-    table = [(n, _columns(line, comma)) for n, line in enumerate(lines, 1) if line.strip()]
+        raise DataError(f"{file}: neither a video nor a readable list of videos") from error
+    by_comma = "," in "".join(lines[:1])
+    rows = [(n, _columns(line, by_comma)) for n, line in enumerate(lines, 1) if line.strip()]
     header, entries = ["path", "label"], []
-    if table and "path" in map(str.lower, table[0][1]):
-        header = [column.lower() for column in table.pop(0)[1]]
-    for n, columns in table:
+    if rows and "path" in map(str.lower, rows[0][1]):
+        header = [column.lower() for column in rows.pop(0)[1]]
+    for n, columns in rows:
         row = {key: column or None for key, column in zip(header, columns, strict=False)}
         if len(columns) > len(header) or not row.get("path"):
-            raise DataError(f"{file}:{n}: expected {', '.join(header)}; a path with commas needs "
-                            "quotes, further columns a first line that names them")
+            raise DataError(f"{file}:{n}: expected {', '.join(header)}; quote paths that contain "
+                            "commas, and name further columns in a first line")
         name, split = row.get("class"), row.get("split")
         entries.append(Entry(str(file.parent / row["path"]), row.get("label") or name, name,
                              row.get("group"), SPLITS.get(split, split), f"{file}:{n}"))
     return entries
 
 
-def _columns(line, comma):
-    if comma:
+def _columns(line, by_comma):
+    if by_comma:
         return [column.strip() for column in next(csv.reader([line], skipinitialspace=True))]
     line = line.strip().replace("\t", " ")
     path, _, label = line.rpartition(" ")
@@ -69,29 +69,28 @@ def _columns(line, comma):
 
 
 def _read_folder(root):
-    """Clips, loose or in class folders, with or without train/ and val/ above.
+    """Clips, with or without class folders around them, and train/ and val/ around those.
 
-    A folder of evenly numbered images is one clip. Right below `root`, where it may also be a class
-    of images, it is one only if the numbers are padded: 001.jpg.
+    A folder of evenly numbered images is one clip. Directly below `root`, where it could also be a
+    class of images, it is one clip only if the numbers are padded, as in 001.jpg.
     """
     def fail(error):
         raise DataError(f"{error.filename}: {error.strerror}")
 
-    entries, above = [], 0
-    for folder, below, files in os.walk(root, onerror=fail, followlinks=True):
-        below[:] = sorted(name for name in below if name[0] != ".")
+    entries, split_level = [], False  # whether the folders below root are train, val, test
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         if folder == str(root):
-            above = int(bool(below) and all(name.lower() in SPLITS for name in below))
+            split_level = bool(subfolders) and all(s.lower() in SPLITS for s in subfolders)
         parts = Path(folder).relative_to(root).parts
-        split = SPLITS[parts[0].lower()] if above and parts else None
-        parts = parts[above:]
+        split = SPLITS[parts[0].lower()] if split_level and parts else None
+        parts = parts[split_level:]
         if _is_clip(folder, padded=len(parts) == 1):
-            below.clear()
+            subfolders.clear()
             entries.append(Entry(folder, parts[0] if len(parts) > 1 else None, split=split))
             continue
-        names = sorted(name for name in files if name.lower().endswith(MEDIA) and name[0] != ".")
         entries += [Entry(os.path.join(folder, name), parts[0] if parts else None, split=split)
-                    for name in names]
+                    for name in sorted(files) if name.lower().endswith(MEDIA) and name[0] != "."]
     return entries
 
 
@@ -104,20 +103,21 @@ def _is_clip(folder, padded):
 
 
 def number_labels(entries, classes=None):
-    """-> (class names, each entry's class number or -1). Labels are numbers if all are, else names.
+    """The class names, and the class index of every entry, -1 if it has no label.
 
-    classes: the names to use, in order. Raises DataError for a label that is not among them.
+    Labels are class indices if all are numbers, otherwise class names. classes: the names to use,
+    in order. Raises DataError if a label is not among them.
     """
     given = {entry.label: entry for entry in entries if entry.label is not None}
     if all(re.fullmatch(r"-?\d+", label) for label in given):
         names = {int(label): entry.name for label, entry in given.items()}
         size = min(100_000, max(names, default=-1) + 1)
         classes = classes or [names.get(i) or str(i) for i in range(size)]
-        number = {label: int(label) for label in given if 0 <= int(label) < len(classes)}
+        indices = {label: int(label) for label in given if 0 <= int(label) < len(classes)}
     else:
         classes = classes or sorted(given)
-        number = {name: i for i, name in enumerate(classes)}
-    for label in given.keys() - number.keys():
+        indices = {name: i for i, name in enumerate(classes)}
+    for label in given.keys() - indices.keys():
         raise DataError(f"{given[label].where or given[label].path}: label {label} is not among "
                         f"the {len(classes)} classes")
-    return classes, [number.get(entry.label, -1) for entry in entries]
+    return classes, [indices.get(entry.label, -1) for entry in entries]

@@ -48,7 +48,7 @@ def test_features_are_computed_once_and_then_read_from_the_store(videos, tmp_pat
 def test_a_changed_encoder_clip_protocol_or_code_never_gets_stale_features(videos, monkeypatch):
     def key(encoder=None, sample_ids=range(6), data=None, **options):
         dataset = open_clips([str(data or videos)], **{**CLIP, **options}, train=False)
-        return features.keys([encoder or small_encoder()], dataset, sample_ids)[0]
+        return features.key(encoder or small_encoder(), dataset.identity(), sample_ids)
 
     changed = small_encoder()
     changed.blocks[0].norm1.bias.data[3] += 1e-6

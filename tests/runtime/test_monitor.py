@@ -74,8 +74,8 @@ def test_a_run_prints_its_evaluations_and_its_peak_memory(tmp_path, monkeypatch,
 
 
 def make_monitor(folder, rank=0):
-    return monitor.Monitor(folder, 0, 100, [], rank, 4, torch.device("cpu"),
-                           monitor.SkippedSteps())
+    config = types.SimpleNamespace(steps=100, batch_size=4, log="")
+    return monitor.Monitor(folder, config, 0, [], rank, torch.device("cpu"), monitor.SkippedSteps())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

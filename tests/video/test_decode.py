@@ -1,0 +1,188 @@
+import os
+import struct
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as v2
+
+from data import open_clips
+from tests.conftest import frame_indices, write_video
+from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, normalize,
+                          random_resized_crop, read_clip, resize_short_side)
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt, options", [
+    ("a.mp4", "libx264", "yuv420p", {}), ("a.mp4", "libx264", "yuv420p", {"bf": "0", "g": "5"}),
+    ("a.mp4", "libx264", "yuv420p10le", {"g": "12"}), ("a.mkv", "libx264", "yuv444p", {"g": "7"}),
+    ("a.ts", "libx264", "yuv420p", {"g": "10"}), ("a.webm", "libvpx", "yuv420p", {}),
+    ("a.mov", "mjpeg", "yuvj420p", {}), ("a.mkv", "ffv1", "gray", {})])
+def test_every_frame_is_found_in_every_format(tmp_path, name, codec, pix_fmt, options):
+    path = write_video(tmp_path / name, codec=codec, pix_fmt=pix_fmt, options=options)
+    for start in range(0, 34, 3):
+        clip = read_clip(path, 3, 3, start)
+        assert clip.shape == (3, 48, 64, 3) and clip.dtype == np.uint8
+        assert frame_indices(clip) == [start, start + 3, start + 6]
+
+
+def test_position_step_and_rate_select_the_frames(tmp_path):
+    path = write_video(tmp_path / "a.mp4")
+    assert frame_indices(read_clip(path, 5, 4)) == [11, 15, 19, 23, 27]
+    assert frame_indices(read_clip(path, 5, 4, position=0)) == [0, 4, 8, 12, 16]
+    assert frame_indices(read_clip(path, 5, 4, position=1)) == [23, 27, 31, 35, 39]
+    assert frame_indices(read_clip(path, 4, 4, start=0, fps=6)) == [0, 5, 10, 15]
+    assert frame_indices(read_clip(path, 4, 4, start=0, fps=60)) == [0, 0, 1, 1]
+    for start in (-1, 40, 1000):
+        with pytest.raises(DataError, match=f"no frame {start} to start at"):
+            read_clip(path, 2, 1, start)
+
+
+def test_frames_are_found_by_time_stamp_at_any_first_time_and_rate(tmp_path):
+    stamps = [300 + 10 * i if i < 10 else 400 + 30 * (i - 10) for i in range(30)]  # 30, then 10 Hz
+    path = write_video(tmp_path / "a.mkv", 30, stamps=stamps)
+    assert frame_indices(read_clip(path, 7, 1, start=0, fps=10)) == [0, 3, 6, 9, 10, 11, 12]
+    with pytest.raises(DataError, match="no frame decoded for"):
+        read_clip(path, 4, 4, timeout=-1)
+
+
+@pytest.mark.parametrize("frames, expected", [(1, [0, 0, 0, 0]), (6, [0, 4, 5, 5])])
+def test_a_short_video_repeats_its_last_frame(tmp_path, frames, expected):
+    path = write_video(tmp_path / "a.mp4", frames, shade=20)
+    assert frame_indices(read_clip(path, 4, 4), shade=20) == expected
+
+
+def test_a_rotated_video_is_turned_upright(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 3, shade=90)
+    raw = path.read_bytes()
+    where = raw.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # to the right
+    path.write_bytes(raw[:where] + matrix + raw[where + 36:])
+    frame = read_clip(path, 1, 1, start=2)[0]
+    assert frame.shape == (64, 48, 3)
+    assert frame[:30].mean() < 10 and frame[34:].mean() > 170  # the left half is now the upper one
+    clip = read_clip(path, 1, 1, crop=partial(resize_short_side, 24))
+    assert clip.shape == (1, 32, 24, 3)
+
+
+def test_a_truncated_video_is_read_as_far_as_it_goes(tmp_path):
+    path = write_video(tmp_path / "a.mkv", options={"g": "5", "qp": "0"})
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    last = max(frame_indices(read_clip(path, 100, 1)))
+    assert 5 < last < 35
+    for position in (0, 0.5, 1):
+        first, _, third = frame_indices(read_clip(path, 3, 1, position=position))
+        assert third == first + 2 == round(2 + position * (last - 2))
+
+
+def test_a_header_without_duration_makes_no_difference(tmp_path):
+    with open(tmp_path / "live.mkv", "wb") as file:
+        unseekable = type("Pipe", (), {"write": lambda self, part: file.write(part)})
+        write_video(unseekable(), container_format="matroska")
+    assert frame_indices(read_clip(tmp_path / "live.mkv", 5, 4)) == [11, 15, 19, 23, 27]
+
+
+def write_images(folder, names, size=(20, 10)):
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", size, (20 * i,) * 3).save(folder / name)
+
+
+def test_a_folder_of_frames_is_read_in_the_order_of_its_numbers(tmp_path):
+    write_images(tmp_path / "clip", [f"frame_{i}.png" for i in range(1, 13)])  # 10 after 9
+    assert frame_indices(read_clip(tmp_path / "clip", 4, 2, start=3), 20) == [3, 5, 7, 9]
+    assert frame_indices(read_clip(tmp_path / "clip", 4, 5), 20) == [0, 5, 10, 11]
+    with pytest.raises(DataError, match="clip: frames have no rate; use --frame-step"):
+        read_clip(tmp_path / "clip", 4, 2, fps=5)
+    with pytest.raises(DataError, match="no frame 12 to start at"):
+        read_clip(tmp_path / "clip", 4, 2, start=12)
+    Image.new("RGB", (10, 10)).save(tmp_path / "clip" / "frame_2.png")
+    with pytest.raises(DataError, match="frame_2.png: its size differs"):
+        read_clip(tmp_path / "clip", 4, 1, start=0)
+
+
+def test_cropping_while_decoding_equals_torchvisions_resized_crop(tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((160, 120), 3)
+    image.save(tmp_path / "a.png")
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", width=160, height=120, pix_fmt="bgr0")
+        container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    whole = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    for box in ((20, 30, 80, 100), (0, 0, 120, 90), (40, 40, 40, 40)):
+        expected = v2.resized_crop(whole, *box, [40, 40], antialias=True).permute(1, 2, 0).numpy()
+        for name, tolerance in (("a.mkv", 3), ("a.png", 0.5)):
+            clip = read_clip(tmp_path / name, 1, 1, crop=lambda h, w, box=box: (box, (40, 40)))
+            assert np.abs(clip[0].astype(int) - expected).mean() < tolerance
+
+
+@pytest.mark.parametrize("height, width", [(256, 340), (340, 256), (100, 1000), (3, 3)])
+def test_random_crops_stay_in_their_ranges(height, width):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        (top, left, h, w), size = random_resized_crop(rng, 224, height, width)
+        assert size == (224, 224)
+        assert 0 <= top <= height - h and 0 <= left <= width - w and h > 0 and w > 0
+        if height + width == 596:
+            assert 0.29 < h * w / (height * width) <= 1 and 0.74 < w / h < 1.36
+
+
+def test_normalized_clips_have_imagenets_mean_and_std_removed():
+    clip = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), np.uint8)
+    normalized = normalize(clip[:, :, ::-1])  # as for a flipped clip
+    assert normalized.shape == (3, 4, 6, 8) and normalized.dtype == torch.float32
+    expected = (clip[:, :, ::-1] / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    assert np.abs(normalized.permute(1, 2, 3, 0).numpy() - expected).max() < 1e-6
+
+
+def test_denormalized_clips_are_rgb_in_0_to_1_with_channels_last():
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 8, 3), np.uint8)
+    normalized = torch.stack([normalize(clip) for clip in clips])
+    rgb = denormalize(normalized)
+    assert np.abs(rgb.numpy() * 255 - clips).max() < 1e-3
+    assert torch.equal(denormalize(normalized[0]), rgb[0])
+    assert denormalize(normalized * 100).aminmax() == (0, 1)
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda path: path.touch(), "empty file"), (lambda path: path.write_text("no"), "Invalid data"),
+    (lambda path: path.mkdir(), "no images"), (lambda path: None, "no such file"),
+    (audio_only, "no video stream"),
+    (lambda path: path.write_bytes(write_video(path).read_bytes()[:900]), "Invalid data")])
+def test_an_unreadable_path_is_one_clear_line(tmp_path, make, reason, capfd):
+    make(path := tmp_path / "weißer Fleck.mp4")
+    with pytest.raises(DataError, match=reason) as error:
+        read_clip(path, 4, 4)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(DataError, match="none of the first 1 clips can|no videos|no such"):
+        open_clips([str(path)], 4, 2, 32)
+
+
+def test_a_file_without_permission_is_one_clear_line():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = write_video(Path(folder) / "a.mp4")
+        path.chmod(0)
+        user = os.geteuid()
+        if user == 0:  # root may read everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match=r"a.mp4: Permission denied$"):
+                read_clip(path, 4, 4)
+        finally:
+            os.seteuid(user)

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data import open_clips
+from tests.conftest import write_video
+from video.decode import DataError
+
+
+def open_small(path, **options):
+    return open_clips([str(path)], num_frames=4, frame_step=2, img_size=32, train=False, **options)
+
+
+@pytest.mark.parametrize("text, classes, labels", [
+    ("one.mp4 0\ntwo 2.mp4 1\n", ["0", "1"], [0, 1]),
+    ("one.mp4,jump\n\"two 2.mp4\",run\n", ["jump", "run"], [0, 1]),
+    ("one.mp4\ntwo 2.mp4\n", [], []),
+    ("path label\none.mp4 run\ntwo 2.mp4 jump\n", ["jump", "run"], [1, 0]),
+    ("Label,Path\r\n3,one.mp4\r\n\r\n0,two 2.mp4\r\n", ["0", "1", "2", "3"], [3, 0]),
+    ("path,label,class,group,split\none.mp4,1,hug,g1,train\ntwo 2.mp4,0,kick,g2,train\n"
+     "x,2,run,g3,val", ["kick", "hug", "run"], [1, 0])])
+def test_lists_of_paths_and_labels(tmp_path, text, classes, labels):
+    (tmp_path / "möve").mkdir()
+    for name in ("one.mp4", "two 2.mp4"):
+        write_video(tmp_path / "möve" / name, 3)
+    (tmp_path / "möve" / "list.csv").write_text(text, encoding="utf-8")
+    dataset = open_small(tmp_path / "möve" / "list.csv", split="train")
+    assert [Path(path).name for path in dataset.paths] == ["one.mp4", "two 2.mp4"]
+    assert (dataset.classes, dataset.groups) == (classes, ["g1", "g2"] if "group" in text else None)
+    assert dataset.labels([0, 1]).get("class", torch.tensor([])).tolist() == labels
+    assert dataset.class_names == ({"class": classes} if classes else {})
+    assert len(dataset.batch([0, 1]).clips) == 2
+
+
+@pytest.mark.parametrize("text, options, message", [
+    ("a.mp4 0\na.mp4\n", {"need_labels": True}, r"list.txt:2: no label"),
+    ("a.mp4 0\na.mp4 -3\n", {}, r"list.txt:2: label -3 is not among the 1 classes"),
+    ("a.mp4 0\na.mp4 7\n", {"classes": ["x", "y"]}, r"list.txt:2: label 7 is not among the 2"),
+    ("a.mp4 z\n", {"classes": ["x", "y"]}, r"list.txt:1: label z is not among"),
+    ("a.mp4,0,x,y\n", {}, r"list.txt:1: expected path, label"),
+    ("b.mp4 0\nc.mp4 1\n", {}, r"none of the first 2 clips can be read: .*b.mp4: no such file"),
+    ("path,split\na.mp4,val\n", {"split": "test"}, r"nothing for test, only for val"),
+    ("\n\n", {}, r"no videos, folders of frames or images"), ("ä", {}, r"neither a video nor"),
+    ("a.mp4 0\n", {"weights": [1.0, 2.0]}, r"weights \[1.0, 2.0\]")])
+def test_a_faulty_list_is_one_clear_line(tmp_path, text, options, message):
+    write_video(tmp_path / "a.mp4", 3)
+    (tmp_path / "list.txt").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=message) as error:
+        open_small(tmp_path / "list.txt", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_class_folders_in_train_and_val_share_their_classes(tmp_path):
+    for name in ("train/kick/1.mp4", "train/hug/deep/2.mp4", "val/kick/3.mp4", "val/.x/4.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_video(tmp_path / name, 3)
+    (tmp_path / "train" / "kick" / "notes.txt").touch()
+    val = open_small(tmp_path, split="val")
+    assert val.classes == ["hug", "kick"] and val.labels([0])["class"].tolist() == [1]
+    assert val.splits == {"train", "val"}
+    assert len(open_small(tmp_path, split="train")) == 2 and len(open_small(tmp_path)) == 3
+
+
+def write_images(folder, names, size=(20, 10)):
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", size).save(folder / name)
+
+
+def test_folders_of_frames_are_clips(tmp_path):
+    for folder in ("hug/first", "kick/second"):
+        write_images(tmp_path / folder, [f"frame_{i}.png" for i in range(1, 13)])
+    dataset = open_small(tmp_path)
+    assert dataset.classes == ["hug", "kick"] and len(dataset) == 2
+    write_images(tmp_path / "flat" / "7", [f"{i:05}.jpg" for i in range(5)])
+    assert len(open_small(tmp_path / "flat")) == len(open_small(tmp_path / "flat" / "7")) == 1
+
+
+def test_images_in_class_folders_are_clips_that_repeat_them(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, [f"{i}.png" for i in range(3)], (31, 57))
+    dataset = open_small(tmp_path)
+    assert dataset.classes == ["cat", "dog"] and len(dataset) == 6
+    clips = dataset.batch([2, 5]).clips
+    assert clips.shape == (2, 3, 4, 32, 32) and (clips == clips[:, :, :1]).all()
