@@ -31,7 +31,8 @@ def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, spli
     noise: std of the noise over synthetic clips. Raises DataError.
     """
     if "synthetic" in paths:
-        if len(paths) > 1 or any(value not in (None, 0, 1) for value in options.values()):
+        if len(paths) > 1 or options.get("fps") or options.get("weights") or any(
+                options.get(name, 1) > 1 for name in ("segments", "views")):
             raise DataError("synthetic clips cannot be combined with other paths, weights, --fps, "
                             "--segments or --views")
         return Synthetic(num_frames, img_size, seed, split or "train", noise)

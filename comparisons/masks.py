@@ -1,7 +1,6 @@
 """The masks of other methods, and V-JEPA's as its release samples them.
 
-Grids, ratios, `sample` and its results are those of masks.MultiBlockMask. All samplers but the last
-keep equally many tokens of every clip.
+Grids, ratios, `sample` and its results are those of masks.MultiBlockMask.
 """
 
 import copy
@@ -19,20 +18,19 @@ class RandomMask:
     sample = MultiBlockMask.sample
 
     def __init__(self, grid, context_ratio=0.25, target_ratio=0.75):
-        self.total = math.prod(grid)
-        self.num_context, self.num_targets = num_tokens(self.total, context_ratio, target_ratio)
+        self.grid = tuple(grid)
+        self.num_context, self.num_targets = num_tokens(math.prod(grid), context_ratio,
+                                                        target_ratio)
 
     def sample_clip(self, rng):
         """One clip's context (Kc,) and targets (Kt,): int64 token indices, sorted."""
-        order = rng.permutation(self.total)
+        order = rng.permutation(math.prod(self.grid))
         end = self.num_context + self.num_targets
         return np.sort(order[:self.num_context]), np.sort(order[self.num_context:end])
 
 
-class TubeMask:
+class TubeMask(RandomMask):
     """VideoMAE: positions at random, the same in all time steps."""
-
-    sample = MultiBlockMask.sample
 
     def __init__(self, grid, context_ratio=0.10, target_ratio=0.90):
         self.grid, (T, H, W) = tuple(grid), grid
@@ -52,9 +50,8 @@ class TubeMask:
 class RunningCellMask(TubeMask):
     """VideoMAEv2: half of a tube mask's targets are predicted.
 
-    The frame is divided into cells of 2 x 2 tokens. In every time step two successive tokens of a
-    cell can be targets; in the next step the pair moves on by one. Where it starts is random for
-    each clip. Raises ValueError unless the number of time steps is a multiple of 4.
+    In every time step, two successive tokens of each cell of 2 x 2 tokens can be targets; in the
+    next step the pair moves on by one. Raises ValueError unless 4 divides the time steps.
     """
 
     def __init__(self, grid, context_ratio=0.10, target_ratio=0.90):
@@ -69,46 +66,38 @@ class RunningCellMask(TubeMask):
         return ((2 * (H % 2) + W % 2 - T - first) % 4 < 2).ravel()
 
     def sample_clip(self, rng):
-        """As RandomMask.sample_clip."""
+        """As RandomMask.sample_clip; pairs start at random."""
         context, hidden = super().sample_clip(rng)
         return context, hidden[self.decoded(rng.integers(4))[hidden]]
 
 
-class ImageBlockMask:
-    """I-JEPA: targets in blocks on a single frame, context in a larger block and outside of those.
+class ImageBlockMask(RandomMask):
+    """I-JEPA: targets in 4 blocks of a frame, context in a larger block and outside of those.
 
-    A target block has 15 to 20 % of the frame and is 0.75 to 1.5 times as high as wide; the context
-    block is square and has 85 to 100 %. As in MultiBlockMask, blocks are drawn until there are
-    enough tokens of both kinds, and fixed ratios are kept, so all blocks are predicted at once.
-    Raises ValueError if the grid has several time steps, or no room for such blocks.
+    As in MultiBlockMask, blocks are drawn until there are enough tokens of both kinds, and fixed
+    ratios of them are kept. Raises ValueError for several time steps, or without room for blocks.
     """
-
-    sample = MultiBlockMask.sample
 
     def __init__(self, grid, context_ratio=0.25, target_ratio=0.35, num_blocks=4):
         if grid[0] != 1:
             raise ValueError(f"image-block masks need a single time step, not {grid[0]}")
-        self.grid, self.num_blocks = tuple(grid), num_blocks
-        self.num_context, self.num_targets = num_tokens(math.prod(grid), context_ratio,
-                                                        target_ratio)
+        super().__init__(grid, context_ratio, target_ratio)
+        self.num_blocks = num_blocks
         self.sample_clip(np.random.default_rng(0))  # raises if there is no room
 
-    def sample_block(self, rng, scale, aspect):
-        """A block with a fraction `scale` of the frame and height / width `aspect`: bool (H, W)."""
-        _, H, W = self.grid
-        h = min(round(math.sqrt(scale * H * W * aspect)), H)
-        w = min(round(math.sqrt(scale * H * W / aspect)), W)
-        top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
-        block = np.zeros((H, W), dtype=bool)
-        block[top:top + h, left:left + w] = True
-        return block
-
     def sample_blocks(self, rng):
-        """Possible context and possible targets: bool (H, W) each."""
-        context = self.sample_block(rng, rng.uniform(0.85, 1.0), 1)
-        targets = np.any([self.sample_block(rng, rng.uniform(0.15, 0.2), rng.uniform(0.75, 1.5))
-                          for _ in range(self.num_blocks)], axis=0)
-        return context & ~targets, targets
+        """Possible context and possible targets: bool (H', W') each."""
+        _, H, W = self.grid
+        blocks = np.zeros((1 + self.num_blocks, H, W), dtype=bool)
+        for i, block in enumerate(blocks):  # first the context
+            scale = rng.uniform(0.15, 0.20) if i else rng.uniform(0.85, 1.0)  # area / frame
+            aspect = rng.uniform(0.75, 1.5) if i else 1  # height / width
+            h = min(round(math.sqrt(scale * H * W * aspect)), H)
+            w = min(round(math.sqrt(scale * H * W / aspect)), W)
+            top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
+            block[top:top + h, left:left + w] = True
+        targets = blocks[1:].any(0)
+        return blocks[0] & ~targets, targets
 
     def sample_clip(self, rng):
         """As RandomMask.sample_clip."""
@@ -117,12 +106,12 @@ class ImageBlockMask:
             if len(context) >= self.num_context and len(targets) >= self.num_targets:
                 return (np.sort(rng.choice(context, self.num_context, replace=False)),
                         np.sort(rng.choice(targets, self.num_targets, replace=False)))
-        raise ValueError(f"no usable mask in {MAX_TRIES} tries: {self.num_blocks} image blocks and "
-                         f"their context hardly ever fit into {self.grid[1]}x{self.grid[2]} tokens")
+        raise ValueError(f"no usable mask in {MAX_TRIES} tries: {self.grid[1]}x{self.grid[2]} "
+                         "tokens have no room for image blocks and enough context")
 
 
 class TruncatedMultiBlockMask(MultiBlockMask):
-    """V-JEPA's release: multi-block masks with lists truncated to the shortest of their batch.
+    """V-JEPA's release: multi-block masks whose lists are truncated to their batch's shortest.
 
     All blocks of a batch have the same size. Lists are in time order, so the last time steps almost
     never have context, and the task changes with the batch size. Both ratios are ignored.
@@ -143,9 +132,9 @@ class TruncatedMultiBlockMask(MultiBlockMask):
 
     def sample(self, sample_ids, seed):
         """As MultiBlockMask.sample, but Kc and Kt differ from batch to batch."""
-        first_rng = np.random.default_rng((seed, int(sample_ids[0])))
+        rngs = [np.random.default_rng((seed, int(i))) for i in sample_ids]
         batch = copy.copy(self)
-        batch.aspect_ratio = 2 * [first_rng.uniform(*self.aspect_ratio)]  # one for all clips
-        clips = [batch.sample_clip(np.random.default_rng((seed, int(i)))) for i in sample_ids]
-        return tuple(torch.from_numpy(np.stack([tokens[:min(map(len, lists))] for tokens in lists]))
-                     for lists in zip(*clips, strict=True))
+        batch.aspect_ratio = 2 * [copy.deepcopy(rngs[0]).uniform(*self.aspect_ratio)]
+        lists = zip(*map(batch.sample_clip, rngs), strict=True)  # contexts, targets
+        return tuple(torch.from_numpy(np.stack([tokens[:min(map(len, clips))] for tokens in clips]))
+                     for clips in lists)

@@ -10,10 +10,9 @@ videomae2         the same                    half of the same                 L
 dino              crops of a frame            the teacher's prototypes         cross-entropy
 
 A method is a module with `forward(clips, masks) -> loss`, `update_target(momentum)`, called after
-every optimizer step, `encoder` and `predictor`, which are trained, and `probed_network`, "encoder"
-or "target_encoder". With `targets(clips)` and `loss_fn` the metric relative_loss is measured too. A
-mask sampler has `sample(sample_ids, seed)`, num_context and num_targets. To add a method, write it
-in a file beside this one and enter it into METHODS.
+every optimizer step, `encoder` and `predictor`, which are trained, and `probed_network`. Those with
+`targets(clips)` and `loss_fn` get the metric relative_loss. A mask sampler has `num_context`,
+`num_targets` and `sample(sample_ids, seed)`. To add a method, enter it into METHODS.
 """
 
 from typing import NamedTuple
@@ -21,9 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from comparisons import masks
 from comparisons.dino import DINO, Crops
 from comparisons.mae import MaskedAutoencoder
+from comparisons.masks import (ImageBlockMask, RandomMask, RunningCellMask, TruncatedMultiBlockMask,
+                               TubeMask)
 from masks import MultiBlockMask
 from model import VJEPA
 
@@ -62,25 +62,22 @@ METHODS = {
     "dino": Method(DINO, "crops", one_frame=True),
 }
 SAMPLERS = {
-    "multi-block": MultiBlockMask, "multi-block-truncated": masks.TruncatedMultiBlockMask,
-    "random": masks.RandomMask, "tube": masks.TubeMask, "running-cell": masks.RunningCellMask,
-    "image-block": masks.ImageBlockMask, "crops": Crops,
+    "multi-block": MultiBlockMask, "multi-block-truncated": TruncatedMultiBlockMask,
+    "random": RandomMask, "tube": TubeMask, "running-cell": RunningCellMask,
+    "image-block": ImageBlockMask, "crops": Crops,
 }
 
 
 def mask_settings(config, masking, mask_ratio):
-    """Each mask set's arguments of SAMPLERS[masking] beside the grid: [dict, ...].
-
-    mask_ratio: masked fraction, or 0. Raises ValueError.
-    """
+    """The arguments after the grid of every mask set's sampler: [dict, ...]. Raises ValueError."""
+    names, shared = ["context_ratio", "target_ratio"], {}
     if masking in ("image-block", "crops"):
         return [{}]
-    if mask_ratio:
-        return [{"context_ratio": 1 - mask_ratio, "target_ratio": mask_ratio}]
-    names, shared = ["context_ratio", "target_ratio"], {}
     if masking in ("multi-block", "multi-block-truncated"):
-        names, shared = ["num_blocks", "spatial_scale", *names], {
-            "aspect_ratio": config.aspect_ratio}
+        names = ["num_blocks", "spatial_scale", *names]
+        shared = {"aspect_ratio": config.aspect_ratio}
+    elif mask_ratio:
+        return [{"context_ratio": 1 - mask_ratio, "target_ratio": mask_ratio}]
     values = [getattr(config, name) for name in names]
     if len(set(map(len, values))) > 1 or not values[0]:
         flags = ", ".join("--" + name.replace("_", "-") for name in names)
@@ -98,18 +95,16 @@ def build(config):
     method = METHODS[config.method]
     masking = config.masking or method.masking
     if (masking == "crops") != (method.model is DINO):
-        raise ValueError(f"--method {config.method} does not work with --masking {masking}: crops "
-                         "are for dino only, and dino takes nothing else")
+        raise ValueError(f"--method {config.method} does not work with --masking {masking}: dino "
+                         "takes crops only, and crops are for dino only")
     if config.mask_ratio and masking not in ("random", "tube", "running-cell"):
         raise ValueError(f"--mask-ratio is for random, tube and running-cell masks, not {masking}")
     settings = mask_settings(config, masking, config.mask_ratio or method.mask_ratio)
-    num_frames, tubelet_size = (
-        (1, 1) if method.one_frame else (config.num_frames, config.tubelet_size))
+    sizes = {name: getattr(config, name) for name in (
+        "img_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth", "num_heads",
+        "mlp_ratio", "predictor_dim", "predictor_depth")}
+    if method.one_frame:
+        sizes |= {"num_frames": 1, "tubelet_size": 1}
     torch.manual_seed(config.seed)
-    model = method.model(
-        img_size=config.img_size, patch_size=config.patch_size, num_frames=num_frames,
-        tubelet_size=tubelet_size, embed_dim=config.embed_dim, depth=config.depth,
-        num_heads=config.num_heads, mlp_ratio=config.mlp_ratio, predictor_dim=config.predictor_dim,
-        predictor_depth=config.predictor_depth, num_mask_sets=len(settings),
-        init_std=config.init_std or None)
+    model = method.model(**sizes, num_mask_sets=len(settings), init_std=config.init_std or None)
     return model, [SAMPLERS[masking](model.encoder.grid, **values) for values in settings]

@@ -1,6 +1,5 @@
 """A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit."""
 
-import copy
 import hashlib
 import os
 import sys
@@ -29,8 +28,7 @@ CODE_VERSION = code_version()  # at the start: files may be edited while a run g
 
 
 def prepare_run_dir(run_dir, restart):
-    """Make a run's folder, or clear it of half-written files; restart: rename the old one first.
-    Raises CheckpointError if it cannot be written."""
+    """Make a run's folder, or clear it of half-written files. Raises CheckpointError."""
     try:
         if restart and run_dir.exists():
             names = (Path(f"{run_dir}.old{i}") for i in range(1, 1000))
@@ -118,10 +116,9 @@ def latest(run_dir, config, may_change, quiet=False):
 
 def restore(saved, optimizer, scaler, skips):
     """Load optimizer, scaler and skipped steps from a checkpoint's dict, in place."""
-    state = copy.deepcopy(saved["opt"])  # its tensors are views of the file, which will be deleted
-    for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+    for old, new in zip(saved["opt"]["param_groups"], optimizer.param_groups, strict=True):
         old["fused"] = new["fused"]  # depends on the device, which may be another one now
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(saved["opt"])
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     skips.total, skips.consecutive = saved["skipped"], saved["consecutive_skips"]

@@ -60,7 +60,7 @@ def split_batch(batch_size, micro_batch, world_size):
 
 
 def pick_precision(name, device):
-    """--precision -> fp32, bf16 or fp16; auto: the fastest that trains safely. Raises ValueError."""
+    """--precision -> fp32, bf16 or fp16; auto: the fastest that is safe. Raises ValueError."""
     if name == "auto" and device.type != "cuda":
         return "fp32"
     if name == "auto":
@@ -80,8 +80,7 @@ def pick_compile(name, device, masking):
 
 def compile_blocks(model, num_mask_sets, backend="inductor"):
     """Compile a model's blocks, which takes seconds; a graph of the whole loss takes minutes."""
-    # They share a graph for the target encoder and two per mask set. Beyond this limit, dynamo would
-    # not compile them.
+    # They share a graph for the target encoder and two per mask set; above this, none is compiled.
     torch._dynamo.config.cache_size_limit = max(8, 1 + 2 * num_mask_sets)
     for block in model.modules():
         if isinstance(block, Block):
@@ -99,7 +98,7 @@ def wrap_ddp(model, world_size):
     """The module to call for the loss: `model` itself, or DDP, which averages its gradients."""
     if world_size == 1:
         return model
-    # Buffers are equal on all processes. The option has another name in newer versions of torch.
+    # Buffers are equal on all processes anyway. Newer versions of torch renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
@@ -113,8 +112,7 @@ def to_device(batch, device):
 
 def mean_and_any(values, flags, device):
     """Means of values and "or" of flags over all processes, in one all_reduce: two lists."""
-    sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
-                        for x in (*values, *flags)])
+    sums = torch.tensor([float(x) for x in (*values, *flags)], device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
     means = sums[:len(values)] / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -1,7 +1,6 @@
 """Frozen features: each clip is decoded and encoded once, stored, and probed any number of times.
 
-cache/ has a memory-mapped float16 file for each encoder and set of clips, named by a hash of all
-that the features depend on. Any file there may be deleted at any time.
+The files in cache/ are named by a hash of all that they depend on; delete them whenever you like.
 """
 
 import hashlib
@@ -53,8 +52,7 @@ class OneFrame(nn.Module):
 
 
 class FrameByFrame(nn.Module):
-    """An encoder of single frames, applied to every frame of a clip separately. The embedding of a
-    frame's time is added to its tokens, so that a probe can tell frames apart."""
+    """An encoder of single frames, applied to every frame; a time embedding tells them apart."""
 
     def __init__(self, encoder, num_frames):
         super().__init__()
@@ -85,7 +83,7 @@ def on_clips(encoder, num_frames):
 
 def open_encoder(checkpoint=None, data=None, device="auto", num_heads=None, frame_step=None,
                  fps=None):
-    """A frozen encoder and the clips it was trained on -> (path, encoder on its device, data, clip).
+    """A frozen encoder and the clips it was trained on -> (path, encoder on a device, data, clip).
     checkpoint: a file or a run's folder (None: the latest run); other arguments replace what it
     records; data, clip: arguments of data.open_clips. Raises ValueError or CheckpointError."""
     device, path = pick_device(device), Path(checkpoint or latest_run())
@@ -115,10 +113,9 @@ def random_init_encoder(path, num_heads=None):
 def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, num_workers=0,
                    title=None):
     """Yield (data.Batch, [tokens (B, V, S * N, D) float32 of each encoder]), batch by batch.
-    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device; on CUDA they run in bfloat16;
+    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device, on CUDA in bfloat16;
     bad_files: a loading.BadFiles; title: of the progress bar."""
-    device = torch.device(next((p.device for encoder in encoders for p in encoder.parameters()),
-                               "cpu"))
+    device = next((p.device for e in encoders for p in e.parameters()), torch.device("cpu"))
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
     batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
     for batch in tqdm(loader(dataset, batches, num_workers), title, len(batches), leave=False,
@@ -214,7 +211,7 @@ def open_splits(data, split, clip, test_data=None, segments=1, views=1):
         test = open_split(None, test_data, views=views, need_labels=True, classes=train.classes)
         return train, test, [(ids, range(len(test)))]
     if split not in train.splits and "val" in train.splits and not leave_out:
-        print(f"no '{split}' split in the data: 'val' is used")
+        print(f"no '{split}' split: 'val' is used")
         split = "val"
     if split in train.splits:
         test = open_split(split, views=views)
@@ -224,8 +221,7 @@ def open_splits(data, split, clip, test_data=None, segments=1, views=1):
             raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
         held_out = [{group} for group in sorted(set(groups))]
     else:
-        print(f"no '{split}' split in the data: every third {'group' if groups else 'clip'} is "
-              "held out to test on")
+        print(f"no '{split}' split: every third {'group' if groups else 'clip'} is held out")
         if groups:
             order = sorted(set(groups))
         else:  # every clip is its own group

@@ -16,14 +16,9 @@ def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-mat
     return field(default=default, metadata=metadata)
 
 
-def flag_name(name):
-    """The flag of a field: embed_dim -> --embed-dim."""
-    return "--" + name.replace("_", "-")
-
-
 def parse(parser, config_class, arguments=None, defaults=None):
     """Parse a command line -> (config, namespace of the parser's other arguments), or exit with 2.
-    defaults: function from that namespace to the config that flags change, if not config_class()."""
+    defaults: function from that namespace to the config that flags change (config_class())."""
     for f in fields(config_class):
         # A flag that is not given leaves no attribute, so that defaults stay in one place.
         options = {"help": f.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
@@ -33,7 +28,7 @@ def parse(parser, config_class, arguments=None, defaults=None):
             options |= {"type": get_args(f.type)[0], "nargs": "*", "choices": f.metadata["choices"]}
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument(flag_name(f.name), **options)
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = parser.parse_args(arguments)
     names = {f.name for f in fields(config_class)}
     flags = {name: value for name, value in vars(given).items() if name in names}
@@ -48,7 +43,7 @@ def parse(parser, config_class, arguments=None, defaults=None):
 def check(config):
     """Raise ValueError, in one line, if a field of a dataclass is out of its range."""
     for f in fields(config):
-        name, value = flag_name(f.name), getattr(config, f.name)
+        name, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
         choices, least, above, most = map(f.metadata.get, ("choices", "least", "above", "most"))
         for item in value if isinstance(value, list) else [value]:
             if choices and item not in choices:

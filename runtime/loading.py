@@ -6,16 +6,15 @@ import signal
 import sys
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from video.decode import DataError
 
 
 class BadFiles:
-    """Reports each unreadable file once, and stops the run when there are too many: more than 3
-    (max_bad 0: than none) and than max_bad * the number of files tried, or 1000 or `total` early on.
-    """
+    """Reports each unreadable file once, and stops the run when there are more than 3 and more than
+    max_bad of the files tried, or early on of 1000 or of `total`; max_bad 0: more than none."""
 
     def __init__(self, max_bad=0.05, total=math.inf):
         self.max_bad, self.total, self.tried, self.paths = max_bad, total, 0, set()
@@ -44,7 +43,7 @@ def num_workers(wanted, processes=1):
     return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
 
 
-class BatchMaker(Dataset):
+class BatchMaker:
     """For a DataLoader: a list of sample ids -> Batch, with masks."""
 
     def __init__(self, dataset, sample_masks):

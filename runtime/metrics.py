@@ -46,13 +46,12 @@ def knn_predict(train, labels, test, k=10):
 
 @torch.no_grad()
 def feature_metrics(model, batches):
-    """Is a model learning something, or collapsing? {name: float} of a fixed set of clips.
+    """Is a model learning or collapsing? {name: float} of (clips, masks, labels {task: (B,)}), ...
 
-    batches: an iterable of (clips, masks, labels {task: (B,)}). Of layer-normed features of the
-    probed network: std_clips, over clips at a position (0: all clips look the same); std_tokens,
-    over the tokens of a clip; rankme; knn_TASK, k-NN accuracy among these clips; and, for methods
-    with targets, relative_loss: the loss over that of the best prediction that knows nothing but a
-    token's position (1: content is not used).
+    Of the probed network's layer-normed features: std_clips, over clips at a position (0: all clips
+    look the same); std_tokens, over a clip's tokens; rankme; knn_TASK, k-NN accuracy. For methods
+    with targets relative_loss, the loss over that of the best prediction that knows nothing but
+    positions (1: content is not used).
     """
     features, targets, losses, labels = [], [], [], {}
     for clips, masks, batch_labels in batches:

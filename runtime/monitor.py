@@ -1,7 +1,6 @@
 """What a run shows and records: metrics.csv, curves.png, the progress bar, skipped steps."""
 
 import csv
-import importlib
 import json
 import math
 import os
@@ -34,7 +33,7 @@ class SkippedSteps:
 
 class Monitor:
     """Follows one run: progress bar, speed, metrics, skipped steps, warnings. Only rank 0 writes
-    and, except about skipped steps, prints. first_step: steps done before; tasks: of the k-NN."""
+    and, except about skipped steps, prints. tasks: names of those with a k-NN accuracy."""
 
     def __init__(self, run_dir, config, first_step, tasks, rank, device, skips):
         self.run_dir, self.config, self.first_step = run_dir, config, first_step
@@ -66,22 +65,18 @@ class Monitor:
         yield
         self.since += time.perf_counter() - started
 
-    def skip(self, step, loss, grad_norms, sample_ids, scale=None):
-        """Count step 1, 2, ... as skipped, and name the clips that may be the cause: sample_ids, a
-        list for each suspected micro-batch of this process. scale: of the fp16 scaler."""
+    def skip(self, step, loss, grad_norms, sample_ids, scale=1.0):
+        """Count step 1, 2, ... as skipped and name the suspected micro-batches of this process."""
         self.skips.total += 1
-        # A finite loss and a scale that can still be lowered: the scaler is searching for the
-        # largest scale that does not overflow, which is no sign of a fault.
-        searching = scale is not None and math.isfinite(loss) and scale > 1
-        self.skips.consecutive += not searching
+        # A scaler that can still lower its scale is searching for one that does not overflow.
+        self.skips.consecutive += not (math.isfinite(loss) and scale > 1)
         if sample_ids:
             samples = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in sample_ids)
             tqdm.write(f"step {step} skipped: loss {loss:g}, gradient norms {grad_norms[0]:g} and "
                        f"{grad_norms[1]:g}; samples {samples}", file=sys.stderr)
 
     def step(self, step, loss, lr, weight_decay, momentum, grad_norms, **evaluation):
-        """Record step 1, 2, ... on every process. grad_norms: of encoder and predictor; evaluation:
-        feature_metrics, if any. Raises FloatingPointError after MAX_SKIPS skipped steps in a row."""
+        """Record step 1, 2, ... Raises FloatingPointError after MAX_SKIPS skipped ones in a row."""
         if all(map(math.isfinite, (loss, *grad_norms))):
             self.skips.consecutive = 0
         if self.rank == 0:
@@ -90,9 +85,9 @@ class Monitor:
         if evaluation:
             self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, step
         if self.skips.consecutive >= MAX_SKIPS:
-            raise FloatingPointError(f"{MAX_SKIPS} steps in a row skipped, the last {step}, because "
-                                     "loss or gradient was not finite: check the samples named "
-                                     "above, or lower --lr or --clip-grad")
+            raise FloatingPointError(
+                f"{MAX_SKIPS} steps in a row skipped, the last {step}, because loss or gradient is "
+                "not finite: check the samples named above, or lower --lr or --clip-grad")
 
     def _record(self, row, evaluation):
         """Write a row of metrics.csv; show it on the bar; print and draw what was evaluated."""
@@ -104,8 +99,8 @@ class Monitor:
         self.log(row | evaluation)
         self.bar.set_postfix(shown, refresh=False)
         if step == self.first_step + 1:
-            tqdm.write(f"memory      {peak_memory(self.device) / 1e9:.3g} GB at its peak in the "
-                       "first step")
+            peak = peak_memory(self.device) / 1e9
+            tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
         if evaluation:
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
@@ -122,31 +117,18 @@ class Monitor:
             self.close_log()
 
 
-def require_logger(name):
-    """Raise ValueError if the package behind --log, tensorboard or wandb, is missing."""
-    try:
-        if name:
-            importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"--log {name}: the package {name} is not installed: pip install {name}"
-                         ) from None
-
-
 def open_logger(name, run_dir, first_step):
     """Start TensorBoard or Weights & Biases -> (function that logs a row of metrics.csv, close)."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-
         writer = SummaryWriter(run_dir, purge_step=first_step + 1)  # those will be repeated
 
         def log(row):
             for column, value in row.items():
                 writer.add_scalar(column, value, row["step"])
-
         return log, writer.close
     if name == "wandb":
         import wandb
-
         # Without `resume`, a run that starts over replaces the one of the same name.
         run = wandb.init(project="v-jepa", name=run_dir.name, id=run_dir.name, dir=run_dir,
                          resume="allow" if first_step else None,
@@ -175,33 +157,33 @@ def open_metrics(path, tasks, step):
 def draw_curves(run_dir):
     """Draw curves.png from metrics.csv: the loss, the feature metrics, the schedules."""
     from matplotlib.figure import Figure
-
     rows = read_metrics(run_dir / "metrics.csv")
     knn = [name for name in rows[0] if name.startswith("knn_")]
     panels = [["loss"], ["relative_loss"], ["std_clips", "std_tokens"], ["rankme"], knn, ["lr"],
               ["momentum"], ["grad_norm_encoder", "grad_norm_predictor"]]
     figure = Figure(figsize=(15, 6))
     # A layout engine would take as long as all the rest.
-    figure.subplots_adjust(0.035, 0.08, 0.99, 0.95, wspace=0.2, hspace=0.35)
+    figure.subplots_adjust(0.035, 0.08, 0.99, 0.98, wspace=0.2, hspace=0.2)
     for axis, columns in zip(figure.subplots(2, 4).flat, panels, strict=True):
-        for column, style in zip(columns, ("-", "--", ":"), strict=False):
+        for column in columns:
             points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-            axis.plot(*zip(*points, strict=True), style, marker="." if len(points) < 50 else None)
-        axis.set(title=", ".join(columns), xlabel="optimizer step")
+            marker = "." if len(points) < 50 else None
+            axis.plot(*zip(*points, strict=True), label=column, marker=marker)
+        axis.set_xlabel("optimizer step")
+        if axis.lines:
+            axis.legend(loc="upper left")
     figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
     os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
 
 
 def collapse_warning(rows):
-    """A warning if the last EVALS_BEFORE_WARNING evaluations in rows of metrics.csv, and not already
-    the one before, show collapse; else None."""
-    evaluations = [row for row in rows if row["rankme"]]
-    low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR
-           for row in evaluations]
-    n = EVALS_BEFORE_WARNING
+    """A warning if the last n = EVALS_BEFORE_WARNING evaluations among rows of metrics.csv show
+    collapse, and the one before did not, so that it is given once; else None."""
+    rows, n = [row for row in rows if row["rankme"]], EVALS_BEFORE_WARNING
+    low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR for row in rows]
     if len(low) < n or not all(low[-n:]) or any(low[-n - 1:-n]):
         return None
-    return (f"warning: the features look collapsed since step {evaluations[-n]['step']}: std_clips "
-            f"below {STD_FLOOR} or rankme below {RANK_FLOOR:g}. Usual causes: --momentum-start too "
-            "low; --lr too high or --warmup too short; masks that leave the answer visible or too "
-            "little to predict")
+    return (f"warning: the features look collapsed since step {rows[-n]['step']}: std_clips below "
+            f"{STD_FLOOR} or rankme below {RANK_FLOOR:g}. Usual causes: --momentum-start too low; "
+            "--lr too high or --warmup too short; masks that leave too much visible or too little "
+            "to predict")

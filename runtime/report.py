@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 
-COLUMNS = {"trained": "trained", "random_init": "random init", "one_frame": "one frame",
-           "motion_energy": "motion energy"}
-LEARNERS = ("trained", "random_init")  # probed with every fraction of the labels, not only with all
+COLUMNS = ("trained", "random_init", "one_frame", "motion_energy")
+LEARNERS = COLUMNS[:2]  # probed with every fraction of the labels, not only with all
 
 
 def column(name, fraction):
@@ -50,17 +49,17 @@ def print_tables(results, fractions, seeds, folds):
         return f"{row[name]:.3f} +- {row[name + std]:.3f}" if name in row else "-"
 
     print(f"accuracy with all labels: mean +- std over {over}")
-    print(f"{'':22}" + "".join(f"{heading:>17}" for heading in COLUMNS.values()))
+    print(f"{'':22}" + "".join(f"{name:>17}" for name in COLUMNS))
     for title, row in rows:
         print(f"{title:22}" + "".join(f"{cell(row, name):>17}" for name in COLUMNS))
     for fraction in fractions[1:]:
         print(f"\nwith {100 * fraction:g} % of the labels, and the change relative to all labels")
-        print(f"{'':22}" + "".join(f"{COLUMNS[name]:>25}" for name in LEARNERS))
+        print(f"{'':22}" + "".join(f"{name:>25}" for name in LEARNERS))
         for title, row in rows:
-            few = {name: column(name, fraction) for name in LEARNERS if name in row}
-            cells = [f"{cell(row, few[name])}  {row[few[name]] / max(row[name], 1e-9) - 1:+5.0%}"
-                     for name in few]
-            print(f"{title:22}" + "".join(f"{text:>25}" for text in cells))
+            pairs = [(name, column(name, fraction)) for name in LEARNERS if name in row]
+            print(f"{title:22}" + "".join(
+                f"  {cell(row, few)}  {row[few] / max(row[name], 1e-9) - 1:+5.0%}"
+                for name, few in pairs))
 
 
 def write_json(folder, made_with, results, confusion, class_names):
@@ -81,7 +80,6 @@ def draw_confusion(confusion, class_names, file, title="attentive probe, all lab
     """Draw a panel for each task: the predictions for the clips of each class, in percent.
     confusion: {task: (classes, classes) counts, row: true class}; class_names: {task: names}."""
     from matplotlib.figure import Figure
-
     side = 2.6 + 0.42 * min(max(map(len, confusion.values())), 40)  # inches
     figure = Figure((side * len(confusion), side), layout="constrained")
     for axis, (task, counts) in zip(figure.subplots(1, len(confusion), squeeze=False)[0],

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def sample_ids(step, i, batch_size, rank, world_size, micro_batch):
-    """The clips of a process's i-th micro-batch in a step: a list of ints.
-    Clip j of step s has id s * batch_size + j: all processes together take every id exactly once."""
+    """The clips of a process's i-th micro-batch in a step; all processes take every id once."""
     first = step * batch_size + (i * world_size + rank) * micro_batch
     return list(range(first, first + micro_batch))
 
@@ -57,17 +57,18 @@ def catch_signals():
 
 
 class Run:
-    """One process of a training run, ready to take its first step, or the next one.
-    Arguments: as in train.main. Raises ValueError, DataError or CheckpointError, in one line, before
-    anything is written."""
+    """One process of a training run, ready to take its next step; arguments: as in train.main.
+    Raises ValueError, DataError or CheckpointError, in one line, before anything is written."""
 
     def __init__(self, config, run_dir, restart, model, samplers, optimizer, rank, world_size,
                  device):
         self.config, self.dir, self.model, self.optimizer = config, run_dir, model, optimizer
         self.rank, self.world_size, self.device = rank, world_size, device
-        monitor.require_logger(config.log)
+        if config.log and not find_spec(config.log):
+            raise ValueError(f"--log {config.log}: the package {config.log} is not installed: "
+                             f"pip install {config.log}")
         precision = distributed.pick_precision(config.precision, device)
-        self.compiled = distributed.pick_compile(config.compile, device, config.masking)
+        compiled = distributed.pick_compile(config.compile, device, config.masking)
         self.micro_batch, self.accumulation = distributed.split_batch(
             config.batch_size, config.micro_batch, world_size)
         train_set, self.eval_set = open_datasets(config, model.encoder.num_frames)
@@ -78,8 +79,7 @@ class Run:
             # torchrun repeats the command line when it restarts processes that were killed.
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
             checkpoint.prepare_run_dir(run_dir, restart and not restarted)
-        if world_size > 1:
-            dist.barrier()
+        distributed.all_gather(None)  # waits for the first process
         saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, quiet=rank > 0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         skips, first_step = monitor.SkippedSteps(), 0
@@ -87,7 +87,7 @@ class Run:
             load_networks(model, saved, run_dir)
             checkpoint.restore(saved, optimizer, self.scaler, skips)
             first_step = saved["step"]
-        if self.compiled:
+        if compiled:
             distributed.compile_blocks(model, len(samplers))
         if config.checkpoint_activations:
             distributed.checkpoint_activations(model)
@@ -105,32 +105,30 @@ class Run:
                               device.type == "cuda", self.sample_masks)
         if rank == 0:
             (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-            self._describe(first_step, samplers, precision)
+            self._describe(first_step, samplers, [
+                precision, *["compiled"] * compiled,
+                *["activations checkpointed"] * config.checkpoint_activations])
         self.log = monitor.Monitor(run_dir, config, first_step, self.eval_set.class_names, rank,
                                    device, skips)
 
-    def _describe(self, first_step, samplers, precision):
+    def _describe(self, first_step, samplers, how):
         """Print the method, sizes, masks and hardware."""
-        config, grid = self.config, self.model.encoder.grid
-        hidden = [max(0, 1 - sampler.num_context / math.prod(grid)) for sampler in samplers]
-        how = [str(self.device), precision, *["compiled"] * self.compiled,
-               *["activations checkpointed"] * config.checkpoint_activations]
-        sizes = {name.replace("_", " "): sum(p.numel() for p in network.parameters()) / 1e6
-                 for name, network in self.model.named_children()}
-        print(f"run         {self.dir}" + f", resumed after step {first_step}" * (first_step > 0),
-              f"method      {config.method}",
-              f"data        {' '.join(config.data)}",
-              f"device      {', '.join(how)}, {self.world_size} process(es)",
-              f"batch       {config.batch_size} clips = {self.world_size} processes x "
+        config, grid, world_size = self.config, self.model.encoder.grid, self.world_size
+        N, resumed = math.prod(grid), f", resumed after step {first_step}" if first_step else ""
+        hidden = [max(0, 1 - sampler.num_context / N) for sampler in samplers]
+        masked = f"{' and '.join(map('{:.0%}'.format, hidden))}, mean {np.mean(hidden):.0%}"
+        counts = ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers)
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+                          for name, network in self.model.named_children())
+        print(f"run         {self.dir}{resumed}",
+              f"method      {config.method} on {' '.join(config.data)}",
+              f"device      {self.device}, {', '.join(how)}, {world_size} process(es)",
+              f"batch       {config.batch_size} clips = {world_size} processes x "
               f"{self.micro_batch} x {self.accumulation}",
               f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
               f"peak learning rate {config.lr:g}",
-              f"tokens      {math.prod(grid)} {grid} per clip; masked "
-              f"{' and '.join(f'{ratio:.0%}' for ratio in hidden)}, mean {np.mean(hidden):.0%}; "
-              "context -> targets "
-              + ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers),
-              f"parameters  {', '.join(f'{name} {size:.2f} M' for name, size in sizes.items())}",
-              sep="\n", flush=True)
+              f"tokens      {N} {grid} per clip; masked {masked}; context -> targets {counts}",
+              f"parameters  {sizes}", sep="\n", flush=True)
 
     def next_batch(self):
         """Clips (b, 3, T, H, W) and masks of the next micro-batch, on the device."""
@@ -154,8 +152,7 @@ class Run:
         # If the loss is finite, and only a gradient is not, it may come from any of them.
         suspects = [self.sample_ids(step, i) for i, value in enumerate(micro_losses)
                     if math.isfinite(loss) or not value.isfinite()]
-        self.log.skip(step + 1, loss, grad_norms, suspects,
-                      self.scaler.get_scale() if self.scaler.is_enabled() else None)
+        self.log.skip(step + 1, loss, grad_norms, suspects, self.scaler.get_scale())
 
     def evaluate(self):
         """Metrics of the features of a fixed set of clips: {name: float}."""
@@ -164,13 +161,11 @@ class Run:
         ids = np.linspace(0, len(self.eval_set) - 1, count).round().astype(int).tolist()
         parts = [ids[i:i + self.micro_batch] for i in range(0, count, self.micro_batch)]
         # The last part may be smaller, and compiling for its shape takes longer than running it.
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with self.autocast, eager, self.log.paused():
+        with self.autocast, torch.compiler.set_stance("force_eager"), self.log.paused():
+            batches = loader(self.eval_set, parts, sample_masks=self.sample_masks)
             return feature_metrics(self.model, (
-                (*distributed.to_device(batch, self.device),
-                 self.eval_set.labels(batch.sample_ids))
-                for batch in loader(self.eval_set, parts, sample_masks=self.sample_masks)
-                if len(batch.sample_ids)))
+                (*distributed.to_device(batch, self.device), self.eval_set.labels(batch.sample_ids))
+                for batch in batches if len(batch.sample_ids)))
 
     def save(self, step):
         """Write the checkpoint of `step` steps."""

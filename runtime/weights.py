@@ -1,9 +1,6 @@
 """Load checkpoints, this project's and the published ones, strictly and safely.
 
-    encoder = load_encoder("runs/tiny-seed0")      # or a file: vitl16.pth.tar
-    features = encoder(clips)                      # (B, 3, T, H, W) -> (B, N, D)
-
-Sizes are inferred from the tensors, so the published ViT-L and ViT-H files need no arguments.
+    features = load_encoder("vitl16.pth.tar")(clips)  # (B, 3, T, H, W) -> (B, N, D)
 """
 
 import pickle
@@ -24,11 +21,10 @@ class CheckpointError(Exception):
 
 def latest_run():
     """The folder in runs/ with the latest checkpoint. Raises CheckpointError if there is none."""
-    files = Path("runs").glob("*/checkpoint-*.pt")
-    latest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    if not latest:
+    files = list(Path("runs").glob("*/checkpoint-*.pt"))
+    if not files:
         raise CheckpointError("runs/ holds no checkpoint: run train.py, or pass --checkpoint")
-    return latest.parent
+    return max(files, key=lambda path: path.stat().st_mtime).parent
 
 
 def load_checkpoint(path):
@@ -77,12 +73,13 @@ def count_blocks(state):
 
 
 def encoder_sizes(checkpoint, which, path, **overrides):
-    """VisionTransformer's arguments, from the tensors of checkpoint[which]. Raises CheckpointError.
-    overrides: arguments that the checkpoint does not record (0 or None: it does)."""
+    """VisionTransformer's arguments, from checkpoint[which] and overrides, those that are not 0 or
+    None. Raises CheckpointError."""
     state = state_dict(checkpoint, which, path)
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+    patch_embed = state.get("patch_embed.proj.weight", torch.empty(0))
+    if patch_embed.ndim != 5 or "pos_embed" not in state:
         raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
-    D, C, t, p, _ = state["patch_embed.proj.weight"].shape
+    D, C, t, p, _ = patch_embed.shape
     table, axis_dim = state["pos_embed"][0], -(-D // 6) * 2  # (N, D)
     # Time, row and column have a third of the channels each: count the distinct rows of each third.
     T, H, W = (len(part.unique(dim=0)) for part in table.split(axis_dim, dim=1))

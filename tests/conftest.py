@@ -5,6 +5,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from data import open_clips
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
@@ -42,6 +45,19 @@ def write_video(path, frames=40, codec="libx264", pix_fmt="yuv420p", width=64, h
 def frame_indices(clip, shade=6):
     """The frames of write_video in a clip (T, H, W, 3), recognised by their right half's gray."""
     return [round(float(frame[:, -frame.shape[1] // 4:].mean()) / shade) for frame in clip]
+
+
+def write_images(folder, names, size=(20, 10)):
+    """Image i is gray of value 20 * i."""
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", size, (20 * i,) * 3).save(folder / name)
+
+
+def open_small(paths, **options):
+    """The clips of a path or a list of paths, 4 frames of 32 x 32 pixels."""
+    paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    return open_clips(paths, num_frames=4, frame_step=2, img_size=32, **options)
 
 
 @pytest.fixture

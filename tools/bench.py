@@ -1,4 +1,4 @@
-"""Measure the speed of a training step, by component, or of decoding videos.
+"""Measure the speed of a training step, by component, or of reading clips.
 
     python -m tools.bench                                     preset tiny on this machine
     python -m tools.bench --preset vitl16 --micro-batch 48    any flags of train.py
@@ -13,12 +13,10 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 
-import av
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
@@ -27,81 +25,53 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import DataError, VideoClips
 from masks import sample_masks
-from runtime import distributed
-from runtime.loading import loader, num_workers
+from runtime import distributed, loading
 from runtime.session import open_datasets
-from video.decode import describe, is_still, normalize, random_resized_crop, read_clip, video_frames
 
-WARM_UP, STEPS = 5, 20
+WARM_UP, STEPS, CLIPS = 5, 20, 100
 
 
-class Timer:
-    """Seconds and floating-point operations of the parts of a training step, by name.
+class Parts:
+    """Measures parts of a program by name, each without the parts inside it."""
 
-    mode: "time", "count" (the operations) or "off". Only the outermost of nested parts counts.
-    """
-
-    def __init__(self, device):
-        self.device, self.mode, self.inside = device, "off", False
-        self.seconds, self.flops = defaultdict(float), defaultdict(int)
-
-    def now(self):
-        """Seconds on the clock, once the device has finished its work."""
-        if self.device.type in ("cuda", "mps"):
-            getattr(torch, self.device.type).synchronize()
-        return time.perf_counter()
+    def measure(self, work, clock):
+        """Call work() -> {part: how far it moved the clock, a function that returns a number}."""
+        self.clock, self.taken, self.inner = clock, defaultdict(float), 0
+        work()
+        return self.taken
 
     @contextmanager
     def __call__(self, name):
-        """Measure a block of code."""
-        if self.mode == "off" or self.inside:
-            yield
-            return
-        self.inside, start = True, self.now()
-        if self.mode == "count":
-            # Plain attention, because older counters do not know every device's fused one.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                yield
-            self.flops[name] += counter.get_total_flops()
-        else:
-            yield
-            self.seconds[name] += self.now() - start
-        self.inside = False
-
-    def wrap(self, owner, method, name):
-        """Measure every call of an object's method, if it has one of that name."""
-        call = getattr(owner, method, None)
-
-        def measured(*args, **kwargs):
-            with self(name):
-                return call(*args, **kwargs)
-        if call:
-            setattr(owner, method, measured)
+        """Measure a block of code (`with`) or every call of a function (decorator)."""
+        outer, self.inner, start = self.inner, 0, self.clock()
+        yield
+        taken = self.clock() - start
+        self.taken[name] += taken - self.inner
+        self.inner = outer + taken
 
 
-def training_step(config, model, optimizer, batches, device, precision, timer):
-    """A function that takes one step as train.py does, with its parts measured by a Timer.
-
-    They are measured where the model's own `forward` calls them, so the loss that is measured is
-    always the loss that is trained.
-    """
-    timer.wrap(model, "targets", "target encoder")
-    timer.wrap(model.encoder, "forward", "context encoder")
-    timer.wrap(model.predictor, "forward", "predictor")
-    timer.wrap(model, "update_target", "momentum")
-    autocast = torch.autocast(device.type, distributed.DTYPES[precision], precision != "fp32")
+def training_step(config, model, optimizer, batches, device, precision, parts):
+    """A function that takes one step as train.py does, with its parts measured by `parts`."""
+    # Measured where the model's own `forward` calls them, so this is the loss that is trained.
+    for owner, method, name in ((model, "targets", "target encoder"),
+                                (model.encoder, "forward", "context encoder"),
+                                (model.predictor, "forward", "predictor"),
+                                (model, "update_target", "momentum")):
+        if hasattr(owner, method):
+            setattr(owner, method, parts(name)(getattr(owner, method)))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
+    @parts("the rest")
     def step():
-        with timer("data wait"):
+        with parts("data wait"):
             batch = next(batches)
-        with timer("to the device"):
+        with parts("to the device"):
             clips, masks = distributed.to_device(batch, device)
-        with autocast:
+        with torch.autocast(device.type, distributed.DTYPES[precision], precision != "fp32"):
             loss = model(clips, masks)
-        with timer("backward"):
+        with parts("backward"):
             scaler.scale(loss).backward()
-        with timer("optimizer"):
+        with parts("optimizer"):
             scaler.unscale_(optimizer)
             for network in (model.encoder, model.predictor):
                 clip_grad_norm_(network.parameters(), config.clip_grad)
@@ -110,6 +80,13 @@ def training_step(config, model, optimizer, batches, device, precision, timer):
             optimizer.zero_grad()
         model.update_target(config.momentum_start)
     return step
+
+
+def count_flops(step, parts):
+    """Floating-point operations in the matrix products of a step: {part: number}."""
+    # Plain attention, because older counters do not know every device's fused one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        return parts.measure(step, counter.get_total_flops)
 
 
 def bench(config):
@@ -121,90 +98,66 @@ def bench(config):
     optimizer = train.build_optimizer(model.to(device), config)
     dataset, _ = open_datasets(config, model.encoder.num_frames)
     ids = (list(range(i, i + micro_batch)) for i in count(0, micro_batch))
-    batches = loader(dataset, ids, num_workers(config.workers), device.type == "cuda",
-                     partial(sample_masks, samplers, seed=config.seed))
-    timer = Timer(device)
-    step = training_step(config, model, optimizer, batches, device, precision, timer)
+    batches = loading.loader(dataset, ids, loading.num_workers(config.workers),
+                             device.type == "cuda", partial(sample_masks, samplers, seed=0))
+    parts = Parts()
+    step = training_step(config, model, optimizer, batches, device, precision, parts)
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(distributed.DTYPES[precision])
 
-    def seconds_of(work):
-        start = timer.now()
-        work()
-        return timer.now() - start
+    def now():
+        if device.type != "cpu":  # wait until the device has finished its work
+            getattr(torch, device.type).synchronize()
+        return time.perf_counter()
 
-    timer.mode = "count"
-    step()
-    timer.mode = "off"
+    def step_and_product():  # in turns, because clock speed and machine load change
+        step()
+        with parts("product"):
+            a @ b
+
+    parts.measure(step, now)  # starts the loader's processes, which must not inherit the counter
+    flops = count_flops(step, parts)
     if distributed.pick_compile(config.compile, device, config.masking):
         distributed.compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
         distributed.checkpoint_activations(model)
-    warm_up = sum(seconds_of(step) for _ in range(WARM_UP))
-    print(f"warm-up          {WARM_UP} steps, {warm_up:.1f} s")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # plain attention took more
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(distributed.DTYPES[precision]) for _ in range(2))
-    # In turns, because clock speed and machine load change from minute to minute.
-    times = [(seconds_of(step), seconds_of(lambda: a @ b)) for _ in range(STEPS)]
-    seconds, product = map(statistics.median, zip(*times, strict=True))
-    timer.mode = "time"
-    total = sum(seconds_of(step) for _ in range(STEPS))
+    times = [parts.measure(step_and_product, now) for _ in range(WARM_UP + STEPS)][WARM_UP:]
 
-    peak, speed = 2 * n ** 3 / product, sum(timer.flops.values()) / seconds
-    print(f"step             {seconds * 1e3:.1f} ms, {micro_batch / seconds:.1f} clips/s, "
+    seconds = {name: statistics.median(taken[name] for taken in times) for name in times[0]}
+    peak = 2 * n ** 3 / seconds.pop("product")
+    total = sum(seconds.values())
+    speed = sum(flops.values()) / total
+    print(f"step             {total * 1e3:.1f} ms, {micro_batch / total:.1f} clips/s, "
           f"{micro_batch} clips")
     print(f"peak memory      {distributed.peak_memory(device) / 1e9:.2f} GB")
     print(f"model            {speed / 1e12:.3f} TFLOP/s, {speed / peak:.0%} of the "
           f"{peak / 1e12:.3f} TFLOP/s of a large matrix product in {precision}")
     print("by component     ms        share   of the peak")
-    timer.seconds["the rest"] = total - sum(timer.seconds.values())
-    for name, spent in timer.seconds.items():
-        share = timer.flops[name] * STEPS / spent / peak
-        print(f"  {name:15}{spent / STEPS * 1e3:7.1f} {spent / total:10.0%} "
-              + (f"{share:10.0%}" if share > 0.005 else ""))
+    for name, spent in seconds.items():
+        print(f"  {name:15}{spent * 1e3:7.1f} {spent / total:10.0%} "
+              f"{flops[name] / spent / peak:10.0%}")
 
 
-def bench_decoding(paths, config, seconds=20.0):
-    """Print how many training clips one core prepares per second, and where the time goes.
-
-    config: train.Config, for the clips' size. Raises DataError if there are no readable videos.
-    """
+def bench_decoding(paths, config):
+    """Print how many training clips of a train.Config's size one core reads per second."""
     torch.set_num_threads(1)
-    T, step, size, fps = config.num_frames, config.frame_step, config.img_size, config.fps or None
-    videos = [path for path in VideoClips(paths, T, step, size, fps=fps).paths
-              if not is_still(path)]
-    rng, spent, clips, clock = np.random.default_rng(0), np.zeros(4), 0, time.perf_counter
-    end = clock() + seconds
-    while videos and clock() < end:
-        path, position, marks = videos[rng.integers(len(videos))], rng.random(), [clock()]
-        with suppress(DataError, av.FFmpegError):  # unreadable
-            describe(path)
-            marks.append(clock())
-            for _ in video_frames(path, 30.0, T, step, None, position, fps):
-                pass
-            marks.append(clock())
-            clip = read_clip(path, T, step, position=position, fps=fps,
-                             crop=partial(random_resized_crop, rng, size))
-            marks.append(clock())
-            normalize(clip[:, :, ::-1])
-            opened, decoded, read, normalized = np.diff([*marks, clock()])
-            spent += opened, decoded - opened, read - decoded, normalized
-            clips += 1
-    if not clips:
-        raise DataError(f"{' '.join(paths)}: no readable videos")
-    print(f"{clips / spent.sum():.1f} clips/s on one core, {T} frames of {size} x {size}")
-    parts = "open", "seek and decode", "convert, crop, resize", "flip, normalize"
-    for name, part in zip(parts, spent, strict=True):
-        print(f"{name:22} {part / clips * 1e3:6.1f} ms {part / spent.sum():5.0%}")
+    T, size = config.num_frames, config.img_size
+    dataset = VideoClips(paths, T, config.frame_step, size, fps=config.fps)
+    start = time.perf_counter()
+    for sample_id in range(CLIPS):
+        dataset[sample_id]
+    rate = CLIPS / (time.perf_counter() - start)
+    print(f"{rate:.1f} clips/s on one core, {T} frames of {size} x {size}")
 
 
 def main(arguments=None):
     """Measure what the command line asks for. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decode", nargs="+", metavar="PATH", help="decode these videos; clips "
-                        "are the paper's unless --num-frames, --frame-step, --fps or --img-size "
-                        "say otherwise")
+    parser.add_argument("--decode", nargs="+", metavar="PATH", help="videos to decode, as clips of "
+                        "preset vitl16; other flags as for train.py")
     given, flags = parser.parse_known_args(arguments)
     if given.decode:
         bench_decoding(given.decode, train.parse_args(["--preset", "vitl16", *flags])[0])

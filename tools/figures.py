@@ -5,100 +5,78 @@
 """
 
 import argparse
-import math
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
+from statistics import median
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from comparisons.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
-from tools.visualize import draw_films, tokens_to_pixels
-from video.decode import denormalize, describe, read_clip, resize_short_side
+from tools.visualize import draw_films, evenly, tokens_to_pixels
+from video.decode import denormalize, describe, read_clip
 
-MASK_SETS = {"short range:\n8 blocks of 15 %": (8, 0.15, (0.75, 1.5), 0.20, 0.50),
-             "long range:\n2 blocks of 70 %": (2, 0.70, (0.75, 1.5), 0.07, 0.70)}
-SAMPLERS = {"fixed size": (MultiBlockMask, "o-"),
-            "truncated to the batch's shortest": (TruncatedMultiBlockMask, "s--")}
+MASK_SETS = {"short range": (8, 0.15, (0.75, 1.5), 0.20, 0.50),
+             "long range": (2, 0.70, (0.75, 1.5), 0.07, 0.70)}
+SAMPLERS = {"fixed size": MultiBlockMask, "truncated": TruncatedMultiBlockMask}
 
 
-def draw_masks(file, grid=(8, 14, 14), tubelet=(2, 16, 16), batch_size=24, num_batches=100):
-    """One clip's masks on its frames, and the context tokens per time step, ours and the release's.
-
-    Plain frames are context, orange are targets, dark is neither; prints the context tokens.
-    """
+def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
+    """One clip's masks, this project's and the release's; prints the context per time step."""
     T, H, W = grid
-    [clip] = open_clips(["synthetic"], 2 * T, 1, 16 * H, noise=0.2).batch([1]).clips
-    frames = denormalize(clip).mean(-1, keepdim=True)  # (2 * T', H, W, 1)
-    figure = Figure((13, 5.4), layout="constrained")
-    axes = figure.subplots(len(MASK_SETS), 6)
-    print(f"{T} x {H} x {W} tokens; context tokens per time step, mean over clips")
-    for row, (title, settings) in zip(axes, MASK_SETS.items(), strict=True):
-        for name, (sampler, style) in SAMPLERS.items():
+    clips = open_clips(["synthetic"], T, 2, 16 * H, noise=0.2).batch([1]).clips
+    frames, films = denormalize(clips), {}  # (1, T', H, W, 3): one for each time step
+    print("context tokens per time step:")
+    for name, settings in MASK_SETS.items():
+        for how, sampler in SAMPLERS.items():
             sampler = sampler(grid, *settings)
             batches = [sampler.sample(range(i * batch_size, (i + 1) * batch_size), seed=0)
                        for i in range(num_batches)]
             kept = torch.cat([context.flatten() for context, _ in batches])
             counts = torch.bincount(kept // (H * W), minlength=T) / (batch_size * num_batches)
-            print(f"{title}, {name}:".replace("\n", " "), *(f"{n:5.1f}" for n in counts))
-            row[5].plot(counts.numpy(), style, label=name)
-        context, targets = MultiBlockMask(grid, *settings).sample([0], seed=0)
-        colours = torch.full((1, T * H * W, 3), 0.15)
-        colours[0, context[0]], colours[0, targets[0]] = torch.ones(3), torch.tensor([1, 0.55, 0])
-        shaded = frames * tokens_to_pixels(colours, grid, tubelet)[0]  # (T, H, W, 3)
-        for axis, step in zip(row, (0, 2, 4, 6, 7), strict=False):
-            axis.imshow(shaded[2 * step].numpy())
-            axis.set(title=f"time step {step}", xticks=[], yticks=[])
-        row[0].set_ylabel(title)
-        row[5].set(title="context tokens", xlabel="time step", ylim=0)
-    axes[0, 5].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), fontsize=8)
-    figure.suptitle("The masks of one clip on its frames. Plain: context, orange: targets, dark: "
-                    "neither. Blocks span all frames.")
-    figure.savefig(file, dpi=100)
+            print(f"{name}, {how}:", *(f"{count:5.1f}" for count in counts))
+            context, targets = batches[0]
+            colours = torch.full((1, T * H * W, 3), 0.15)
+            colours[0, context[0]] = torch.ones(3)
+            colours[0, targets[0]] = torch.tensor([1, 0.55, 0])
+            films[f"{name},\n{how}"] = frames * tokens_to_pixels(colours, grid, (1, 16, 16))
+    draw_films(films, [next(iter(films))], "Masks of one clip in each time step. Plain: context, "
+               "orange: targets, dark: neither", file, height=1.4)
 
 
 def summarize(dataset):
-    """Lines about a data set. Of a large one about 500 files, evenly spread, are opened."""
+    """Lines about a data set and about up to 500 of its files, evenly spread."""
     yield f"{dataset.name}: {len(dataset)} clips"
+    labels = dataset.labels(range(len(dataset)))
     for task, names in dataset.class_names.items():
-        counts = dataset.labels(range(len(dataset)))[task].bincount(minlength=len(names)).tolist()
+        counts = labels[task].bincount(minlength=len(names)).tolist()
         sizes = ", ".join(f"{name} ({n})" for name, n in zip(names[:50], counts, strict=False))
         yield f"{task}: {len(names)} classes: {sizes}{', ...' * (len(names) > 50)}"
-    if not dataset.class_names:
-        yield "no labels"
-    kinds, facts, bad = Counter(), [], []
-    paths = getattr(dataset, "paths", [])
-    for path in paths[::math.ceil(len(paths) / 500) or 1]:
+    paths, kinds, facts, bad = getattr(dataset, "paths", []), Counter(), [], []
+    for path in (paths[i] for i in evenly(len(paths), 500)):
         try:
-            read_clip(path, 1, 1, crop=partial(resize_short_side, 16))
+            read_clip(path, 1, 1)
             kind, *numbers = describe(path)
             kinds[kind] += 1
             facts.append(numbers)
         except DataError as error:
             bad.append(f"unreadable: {error}")
     yield from (f"{count} x {kind}" for kind, count in kinds.most_common(8))
-    for name, values in zip(("height", "width", "seconds"), np.transpose(facts), strict=False):
-        low, middle, high = np.quantile(values, (0, 0.5, 1))
-        yield f"{name} {low:.4g} to {high:.4g}, median {middle:.4g}"
+    for name, values in zip(("height", "width", "seconds"), zip(*facts, strict=True), strict=False):
+        yield f"{name} {min(values):.4g} to {max(values):.4g}, median {median(values):.4g}"
     yield from [f"{len(bad)} unreadable", *bad] if bad else []
 
 
-def draw_clips(dataset, file, rows=8):
-    """A contact sheet: clips from all classes, one per row, with their captions."""
+def draw_clips(dataset, file):
+    """A contact sheet: 8 clips, from as many classes as possible, with their captions."""
     labels = next(iter(dataset.labels(range(len(dataset))).values()), torch.zeros(len(dataset)))
-    evenly = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).round()
-    batch = dataset.batch(labels.argsort(stable=True)[evenly].tolist())
+    batch = dataset.batch(labels.argsort(stable=True)[evenly(len(labels), 8)].tolist())
     if not len(batch.clips):
-        raise DataError(f"none of {len(evenly)} clips can be read: {batch.bad[0]}")
+        raise DataError(f"none of {len(batch.bad)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]
-    T = batch.clips.shape[2]
-    draw_films({"": denormalize(batch.clips)}, captions, dataset.name,
-               f"{min(T, 8)} of the {T} frames of each clip", file, height=1.3)
+    draw_films({"": denormalize(batch.clips)}, captions, dataset.name, file, height=1.3)
 
 
 def main(arguments=None):

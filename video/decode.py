@@ -10,10 +10,9 @@ import os
 import re
 import time
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -29,8 +28,7 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # From version 17 on, PyAV starts threads for every frame, but the loader's workers fill the cores.
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 # Errors that FFmpeg and Pillow raise for damaged files.
-UNREADABLE = (av.FFmpegError, OSError, ValueError, TypeError, SyntaxError,
-              Image.DecompressionBombError)
+DAMAGED = av.FFmpegError, OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError
 
 
 class DataError(Exception):
@@ -38,12 +36,12 @@ class DataError(Exception):
 
 
 class Batch(NamedTuple):
-    """A batch of clips, as `dataset.batch(sample_ids)` returns it."""
+    """A batch of clips, as `dataset.batch(sample_ids)` and the loader return it."""
 
-    clips: torch.Tensor  # (B, 3, T, H, W) or (B, views, segments, 3, T, H, W) float32
+    clips: torch.Tensor  # (B, 3, T, H, W) float32, normalized; or (B, V, S, 3, T, H, W)
     sample_ids: torch.Tensor  # (B,) int64
-    bad: list[str]  # a line "path: reason" per unreadable file
-    masks: list = []  # added by the loader: [(context (B, Kc), targets (B, Kt)), ...], int64
+    bad: list[str]  # one line "path: reason" per unreadable file
+    masks: list = []  # int64 token indices: [(context (B, Kc), targets (B, Kt)), ...]
 
 
 def read_clip(path, num_frames, frame_step, start=None, *, position=0.5, fps=None, crop=None,
@@ -65,13 +63,13 @@ def read_clip(path, num_frames, frame_step, start=None, *, position=0.5, fps=Non
         if is_still(path):
             return _read_images(path, crop, *request)
         if not os.path.isfile(path) or not os.path.getsize(path):
-            raise DataError(f"{path}: {'empty' if os.path.isfile(path) else 'no such'} file")
+            raise DataError("empty file" if os.path.isfile(path) else "no such file")
         clip, convert = [], None
         for frame, repeats in video_frames(path, timeout, *request):
             convert = convert or _converter(frame, crop)
             clip += [convert(frame)] * repeats
         return np.stack(clip)  # (T, H, W, 3)
-    except UNREADABLE as error:
+    except (DataError, *DAMAGED) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: {reason.splitlines()[0]}") from error
 
@@ -82,78 +80,80 @@ def is_still(path):
 
 
 def video_frames(path, timeout, *request):
-    """Yield (av.VideoFrame, how often the clip repeats it), in order. Raises DataError.
+    """Yield (av.VideoFrame, how often the clip repeats it), in order.
 
-    request: num_frames, frame_step, start, position and fps, as in read_clip.
+    request: num_frames, frame_step, start, position and fps, as in read_clip. Raises DataError or
+    av.FFmpegError, without the path.
     """
     # Headers and indices are nearly always right; if they are not, the whole file is read.
     for trust_header in (True, False):
-        found = False
-        for found in _try_frames(path, timeout, trust_header, *request):
-            yield found
-        if found:
-            return
-    raise DataError(f"{path}: no frame with a time stamp could be decoded")
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            stream = _video_stream(container)
+            packets, times = _find_packets(container, stream, trust_header, *request)
+            current, count = None, 0  # the frame on screen; how many of the clip's frames are done
+            for frame in _decode(stream.codec_context, packets, times, timeout):
+                due = bisect_left(times, frame.pts)  # how many come before this frame is shown
+                if trust_header and due and not current:
+                    break  # decoding began too late
+                if current and due > count:
+                    yield current, due - count
+                    count = due
+                current = frame
+            if current and count < len(times):
+                yield current, len(times) - count
+            if current:
+                return
+    raise DataError("no frame with a time stamp could be decoded")
 
 
-def _try_frames(path, timeout, trust_header, num_frames, frame_step, start, position, fps):
-    """As video_frames, but yields nothing if no frame is found or a trusted header is wrong."""
-    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-        stream = _video_stream(container, path)
-        packets = [] if trust_header else _read_packets(container, stream, math.inf)
-        # All times are in ticks of the stream's clock; interval is the time between frames.
-        first, last, interval = (_header_span(container, stream) if trust_header
-                                 else _packet_span(packets))
-        step = float(1 / (fps * stream.time_base)) if fps else frame_step * interval
-        latest = max(first, last - (num_frames - 1) * step)
-        begin = first + (position * (latest - first) if start is None else start * interval)
-        if not trust_header and not first <= begin < last + interval:
-            raise DataError(f"{path}: no frame {start} to start at")
-        # A quarter of a frame allows for time stamps that the file format has rounded.
-        times = [begin + k * step + interval / 4 for k in range(num_frames)]
-        if trust_header and interval:
-            # An index holds the time when a key frame is decoded, up to 16 frames before its own.
-            with suppress(av.FFmpegError):
-                container.seek(int(max(first, begin - 16 * interval)), stream=stream)
-                packets = _read_packets(container, stream, times[-1])
-        keys = [i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[0]]
-        packets = packets[keys[-1] if keys else 0:]
-        stamps = sorted(packet.pts for packet in packets)
-        if trust_header and (not keys or begin >= last + interval
-                             or stamps[-1] + 2 * interval < min(times[-1], last)):
-            return
+def _find_packets(container, stream, trust_header, num_frames, frame_step, start, position, fps):
+    """The packets to decode, [] if the header is wrong, and the times of the clip's frames.
 
-        current, count = None, 0  # the frame on screen; how many of the clip's frames are done
-        for frame in _decode(path, stream.codec_context, packets, stamps, times, timeout):
-            due = bisect_left(times, frame.pts)  # how many come before this frame is shown
-            if trust_header and due and not current:
-                return  # decoding began too late
-            if current and due > count:
-                yield current, due - count
-                count = due
-            current = frame
-        if current and count < num_frames:
-            yield current, num_frames - count
+    All times are in ticks of the stream's clock; interval is the time between frames.
+    """
+    if trust_header:
+        packets, (first, last, interval) = [], _header_span(container, stream)
+    else:
+        packets = _read_packets(container, stream, math.inf)
+        stamps = sorted(packet.pts for packet in packets) or [0]
+        first, last = stamps[0], stamps[-1]
+        interval = (last - first) / max(1, len(stamps) - 1) or 1
+    step = float(1 / (fps * stream.time_base)) if fps else frame_step * interval
+    latest = max(first, last - (num_frames - 1) * step)
+    begin = first + (position * (latest - first) if start is None else start * interval)
+    if not trust_header and not first <= begin < last + interval:
+        raise DataError(f"no frame {start} to start at")
+    # A quarter of a frame allows for time stamps that the file format has rounded.
+    times = [begin + k * step + interval / 4 for k in range(num_frames)]
+    if trust_header and interval:
+        # An index holds the time when a key frame is decoded, up to 16 frames before its own.
+        with suppress(av.FFmpegError):
+            container.seek(int(max(first, begin - 16 * interval)), stream=stream)
+            packets = _read_packets(container, stream, times[-1])
+    keys = [i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[0]]
+    packets = packets[keys[-1] if keys else 0:]
+    if trust_header and (not keys or begin >= last + interval
+                         or max(p.pts for p in packets) + 2 * interval < min(times[-1], last)):
+        packets = []
+    return packets, times
 
 
-def _decode(path, decoder, packets, stamps, times, timeout):
+def _decode(decoder, packets, times, timeout):
     """Frames in the order shown, without those that neither the clip nor other frames need."""
+    stamps = sorted(packet.pts for packet in packets)
     wanted = {stamps[max(0, bisect_right(stamps, moment) - 1)] for moment in times if stamps}
-    reordered = any(a.pts > b.pts for a, b in pairwise(packets))  # else none can be left out
+    reordered = stamps != [packet.pts for packet in packets]  # if not, all frames are needed
     last = time.monotonic()
     for packet in [*packets, None]:  # None: return the frames held back
         if time.monotonic() > last + timeout:
-            raise DataError(f"{path}: no frame decoded for {timeout:g} s")
+            raise DataError(f"no frame decoded for {timeout:g} s")
         unneeded = reordered and packet is not None and packet.pts not in wanted
         decoder.skip_frame = "NONREF" if unneeded else "DEFAULT"
-        try:
-            frames = decoder.decode(packet)
-        except av.error.InvalidDataError:
-            continue  # a damaged frame: the one before it stays on screen
-        for frame in frames:
-            if frame.pts is not None:
-                yield frame
-                last = time.monotonic()
+        with suppress(av.error.InvalidDataError):  # damaged: the frame before it stays on screen
+            for frame in decoder.decode(packet):
+                if frame.pts is not None:
+                    yield frame
+                    last = time.monotonic()
 
 
 def _read_packets(container, stream, until):
@@ -170,12 +170,12 @@ def _read_packets(container, stream, until):
     return packets
 
 
-def _video_stream(container, path):
+def _video_stream(container):
     stream = container.streams.best("video")
     if stream is None or Disposition.attached_pic in stream.disposition:  # a song's cover picture
-        raise DataError(f"{path}: no video stream")
+        raise DataError("no video stream")
     if stream.codec_context is None:
-        raise DataError(f"{path}: no decoder for its video stream")
+        raise DataError("no decoder for its video stream")
     stream.codec_context.thread_count = 1
     return stream
 
@@ -192,52 +192,46 @@ def _header_span(container, stream):
     return stream.start_time, stream.start_time + float(length) - interval, interval
 
 
-def _packet_span(packets):
-    """The same, measured."""
-    stamps = sorted(packet.pts for packet in packets) or [0]
-    return stamps[0], stamps[-1], (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1) or 1
-
-
 def _converter(frame, crop):
     """A function from decoded frames to the box that `crop` keeps, (H, W, 3) uint8."""
     turns = round(frame.rotation / 90) % 4
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    (top, left, kept_height, kept_width), (new_height, new_width) = crop(height, width)
-    # The whole frame is scaled, so that the box gets its new size, while colours are converted:
-    # one resampling, and never a large RGB frame.
-    tall = max(new_height, round(height * new_height / kept_height))
-    wide = max(new_width, round(width * new_width / kept_width))
-    y = min(round(top * tall / height), tall - new_height)
-    x = min(round(left * wide / width), wide - new_width)
+    (top, left, box_height, box_width), (out_height, out_width) = crop(height, width)
+    # Colours are converted while the whole frame is scaled by as much as the box, which is then cut
+    # out: that takes one resampling and never a large RGB frame.
+    tall = max(out_height, round(height * out_height / box_height))
+    wide = max(out_width, round(width * out_width / box_width))
+    y = min(round(top * tall / height), tall - out_height)
+    x = min(round(left * wide / width), wide - out_width)
     reformatter, size = VideoReformatter(), (tall, wide) if turns % 2 else (wide, tall)
 
     def convert(frame):
         rgb = reformatter.reformat(frame, *size, "rgb24", interpolation="BILINEAR", **ONE_THREAD)
-        return np.rot90(rgb.to_ndarray(), turns)[y:y + new_height, x:x + new_width]
+        return np.rot90(rgb.to_ndarray(), turns)[y:y + out_height, x:x + out_width]
     return convert
 
 
 def _read_images(path, crop, num_frames, frame_step, start, position, fps):
     files = frame_files(path) if os.path.isdir(path) else [path]
     if not files:
-        raise DataError(f"{path}: no images")
+        raise DataError("no images")
     if fps and len(files) > 1:
-        raise DataError(f"{path}: frames have no rate; use --frame-step instead of --fps")
+        raise DataError("frames have no rate; use --frame-step instead of --fps")
     latest = max(0, len(files) - 1 - (num_frames - 1) * frame_step)
     begin = position * latest if start is None else start
     if not 0 <= begin < len(files):
-        raise DataError(f"{path}: no frame {start} to start at")
+        raise DataError(f"no frame {start} to start at")
     indices = [min(len(files) - 1, int(begin + k * frame_step + 0.25)) for k in range(num_frames)]
-    frames, shape = {}, None
-    for index in dict.fromkeys(indices):
+    clip = []
+    for index, repeats in Counter(indices).items():
         with Image.open(files[index]) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
-        if not shape:
+        if not clip:
             shape, (box, size) = image.size, crop(image.height, image.width)
         if image.size != shape:
-            raise DataError(f"{files[index]}: its size differs from that of the first frame")
-        frames[index] = np.asarray(F.resized_crop(image, *box, size))
-    return np.stack([frames[index] for index in indices])  # (T, H, W, 3)
+            raise DataError(f"{os.path.basename(files[index])}: its size differs from the first's")
+        clip += [np.asarray(F.resized_crop(image, *box, size, antialias=True))] * repeats
+    return np.stack(clip)  # (T, H, W, 3)
 
 
 def frame_files(folder):
@@ -249,7 +243,7 @@ def frame_files(folder):
 
 def last_digits(file):
     """The digits at the end of a file's name, without its extension: "a/img_012.png" -> "012"."""
-    return re.search(r"\d*$", Path(file).stem)[0]
+    return re.search(r"\d*$", os.path.splitext(file)[0])[0]
 
 
 def resize_short_side(side, height, width):
@@ -274,7 +268,7 @@ def normalize(clip):
     """uint8 array (T, H, W, 3) -> float32 tensor (3, T, H, W), with ImageNet's mean and std."""
     clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))
     frames = F.to_dtype(clip, torch.float32, scale=True).transpose(0, 1)  # (T, 3, H, W)
-    return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD).transpose(0, 1)
+    return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD, inplace=True).transpose(0, 1)
 
 
 def denormalize(clips):
@@ -284,15 +278,15 @@ def denormalize(clips):
 
 
 def describe(path):
-    """From a file's header: "codec, frame rate", height, width, seconds (0 if unknown).
+    """Format, height, width and seconds (0: unknown) of a file: ("h264, 30 frames/s", 48, 64, 2.5).
 
-    Raises DataError or av.FFmpegError if the file is unreadable.
+    Raises DataError or av.FFmpegError, without the path, if its header is unreadable.
     """
     if is_still(path):
         kind = "folder of frames" if os.path.isdir(path) else "image"
         return kind, *read_clip(path, 1, 1).shape[1:3], 0
     with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-        stream = _video_stream(container, path)
+        stream = _video_stream(container)
         first, last, interval = _header_span(container, stream)
         rate = f"{float(stream.average_rate):.4g} frames/s" if interval else "frame rate unknown"
         return (f"{stream.codec_context.name}, {rate}", stream.height, stream.width,

@@ -84,17 +84,18 @@ def _read_folder(root):
             split_level = bool(subfolders) and all(s.lower() in SPLITS for s in subfolders)
         parts = Path(folder).relative_to(root).parts
         split = SPLITS[parts[0].lower()] if split_level and parts else None
-        parts = parts[split_level:]
+        parts = parts[split_level:]  # the first is the class
+        paths = [os.path.join(folder, name) for name in sorted(files)
+                 if name.lower().endswith(MEDIA) and name[0] != "."]
         if _is_clip(folder, padded=len(parts) == 1):
             subfolders.clear()
-            entries.append(Entry(folder, parts[0] if len(parts) > 1 else None, split=split))
-            continue
-        entries += [Entry(os.path.join(folder, name), parts[0] if parts else None, split=split)
-                    for name in sorted(files) if name.lower().endswith(MEDIA) and name[0] != "."]
+            paths, parts = [folder], parts[:-1]
+        entries += [Entry(path, parts[0] if parts else None, split=split) for path in paths]
     return entries
 
 
 def _is_clip(folder, padded):
+    """Whether a folder is a clip, that is, its images are evenly numbered (padded: as 001, 002)."""
     digits = [last_digits(file) for file in frame_files(folder)]
     if len(digits) < 2 or padded and (len(digits[0]) < 3 or len({len(d) for d in digits}) > 1):
         return False
@@ -111,7 +112,7 @@ def number_labels(entries, classes=None):
     given = {entry.label: entry for entry in entries if entry.label is not None}
     if all(re.fullmatch(r"-?\d+", label) for label in given):
         names = {int(label): entry.name for label, entry in given.items()}
-        size = min(100_000, max(names, default=-1) + 1)
+        size = min(100_000, max(names, default=-1) + 1)  # larger labels are mistakes
         classes = classes or [names.get(i) or str(i) for i in range(size)]
         indices = {label: int(label) for label in given if 0 <= int(label) < len(classes)}
     else:

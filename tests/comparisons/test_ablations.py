@@ -7,53 +7,61 @@ import pytest
 import probe
 import train
 from comparisons import ablations
-from comparisons.ablations import RANDOM, RUNS, Job
+from comparisons.ablations import RUNS, TRIAL_SEED
 from comparisons.methods import METHODS
-from comparisons.report import TABLES
+from comparisons.report import RANDOM, TABLES
+from runtime.weights import load_encoder
+from tests.runs import FAST, train_here
+from video.synthetic import Synthetic
 
 SMALL = ("--img-size 24 --patch-size 8 --num-frames 4 --embed-dim 24 --depth 1 --predictor-dim 24 "
-         "--predictor-depth 1 --steps 8 --batch-size 4").split()
-
-# Takes the place of train.py and probe.py, which it runs with few labelled clips.
-SCRIPT = """
-import runpy, sys
-sys.path.insert(0, {root!r})
-from video.synthetic import Synthetic
-Synthetic.splits = {{"train": 80, "val": 32, "test": 40}}
-runpy.run_path({root!r} + "/{name}", run_name="__main__")
-"""
+         "--predictor-depth 1 --batch-size 4").split()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_can_be_trained(name):
-    config, _, command, _ = ablations.commands(Job(name, 0, 1e-3, "test"), ablations.parse_args([]))
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_can_be_trained(run):
+    config, _, command, _ = ablations.commands(run, 0, 1e-3)
     model, samplers = train.build(config)
     assert samplers and model.encoder.norm.weight.shape == (64,)
-    assert config.steps == round(800 * RUNS[name].length)
+    assert config.steps == {"random": 1, "0.25": 200, "0.5": 400}.get(
+        "random" if RANDOM in RUNS[run] else run.split("-")[-1], 800)
     assert (config.lr, config.lr_start, config.seed) == (1e-3, 1e-4, 0)
     assert command[0] == "train.py" and train.parse_args(command[1:])[0] == config
 
 
-def test_probes_get_the_controls_and_label_fractions_that_tables_need():
-    args = ablations.parse_args([])
-    for name, split, controls, fractions in (
-            ("vjepa", "val", [], [0.1]), ("vjepa", "test", ["random_init"], [0.1, 0.05, 0.01]),
-            ("videomae", "test", [], [0.1, 0.05, 0.01]), ("mae", "test", [], [0.1])):
-        _, folder, _, command = ablations.commands(Job(name, 0, 1e-3, split), args)
+def test_probes_get_the_split_and_the_label_fractions_that_tables_need():
+    for run, seed, split, fractions in (
+            ("vjepa", TRIAL_SEED, "val", [0.1]), ("vjepa", 0, "test", [0.1, 0.05, 0.01]),
+            ("random", 0, "test", [0.1, 0.05, 0.01]), ("mae", 0, "test", [0.1])):
+        _, folder, _, command = ablations.commands(run, seed, 1e-3)
         config = probe.parse_args(command[1:])
         assert (config.checkpoint, config.split, config.seeds) == (str(folder), split, 1)
-        assert (config.controls, config.label_fraction) == (controls, fractions)
+        assert (config.controls, config.label_fraction) == ([], fractions)
 
 
-def test_every_table_compares_runs_that_exist_and_are_in_it():
+def test_every_table_compares_runs_that_are_in_it():
     assert sorted(TABLES) == list(range(1, 10))
-    assert set(RANDOM.values()) <= set(RUNS)
     for table in TABLES.values():
-        assert set(table.runs) <= {*RUNS, *RANDOM}
-        assert {name for pair in table.claims for name in pair} <= set(table.runs)
-    trained = {train.parse_args(RUNS[name].flags.split())[0].method
-               for table in TABLES.values() for name in table.runs if name in RUNS}
-    assert trained == set(METHODS)
+        assert all(RUNS[run] == flags for run, flags in table.runs.items())
+        assert {run for claim in table.claims for run in claim.split(" > ")} <= set(table.runs)
+    assert {train.parse_args(flags.split())[0].method for flags in RUNS.values()} == set(METHODS)
+
+
+def test_a_run_has_the_learning_rate_of_its_method():
+    for run, flags in RUNS.items():
+        if RANDOM not in flags and run != "no-stop-gradient":
+            method, tuned = (train.parse_args(RUNS[name].split())[0].method
+                             for name in (run, ablations.TUNED_AS[run]))
+            assert method == tuned
+    assert set(ablations.TUNED_AS.values()) == set(ablations.TUNED)
+    assert ablations.TUNED_AS["pixels-noise-1"] == "pixels"
+
+
+def test_random_weights_are_those_that_training_starts_with(tmp_path, monkeypatch):
+    folder = train_here(tmp_path, monkeypatch, *RANDOM.split())
+    start = train.build(train.parse_args(FAST)[0])[0].target_encoder.state_dict()
+    for name, value in load_encoder(folder).state_dict().items():
+        assert value.equal(start[name])
 
 
 def test_the_learning_rate_with_the_best_validation_accuracy_is_chosen():
@@ -69,40 +77,39 @@ def test_each_run_has_a_learning_rate_of_its_own_trials():
     assert ablations.choose_rates(trials) == {"vjepa": 2e-3, "pixels": 1e-3}
 
 
-def test_random_weights_are_a_column_of_a_trained_runs_probe():
-    result = {"run": "ijepa", "seed": 1, "lr": 1e-3, "split": "test", "steps": 8, "seconds": 2.0,
-              "clips": 32, "results": {"motion": {"knn": {
-                  "trained": 0.5, "trained_std": 0.1, "trained_10": 0.4, "random_init": 0.2,
-                  "random_init_10": 0.1}}}}
-    trained, random = ablations.rows(result)
-    assert trained == {"run": "ijepa", "seed": 1, "lr": 1e-3, "split": "test", "steps": 8,
-                       "seconds": 2.0, "clips": 32, "motion knn 1": 0.5, "motion knn 0.1": 0.4}
-    assert random == {"run": "random-frames", "seed": 1, "lr": 1e-3, "split": "test", "steps": 0,
-                      "seconds": 0, "clips": 0, "motion knn 1": 0.2, "motion knn 0.1": 0.1}
-    assert len(list(ablations.rows(result | {"run": "mae"}))) == 1
-    assert len(list(ablations.rows(result | {"split": "val"}))) == 1
-
-
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Arguments of a study with one run, one seed, one learning rate, and few labelled clips."""
+    """Arguments of a study of two runs with one seed, one learning rate, and few labelled clips."""
     monkeypatch.chdir(tmp_path)
-    for name in ("train.py", "probe.py"):
-        (tmp_path / name).write_text(SCRIPT.format(root=str(ablations.ROOT), name=name))
-    monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(ablations, "LEARNING_RATES", (1e-3,))
-    table = TABLES[7]._replace(runs={"ijepa": "I-JEPA", "random-frames": "random"},
-                               claims=[("ijepa", "random-frames")])
-    monkeypatch.setitem(TABLES, 7, table)
-    return ablations.parse_args(["7", "--seeds", "1", "--jobs", "2", "--out", "docs", *SMALL])
+    monkeypatch.setattr(Synthetic, "splits", {"train": 80, "val": 32, "test": 40})
+    runs = {"ijepa": "--method ijepa --steps 8", "random-frames": f"--method ijepa {RANDOM}"}
+    monkeypatch.setitem(TABLES, 7, TABLES[7]._replace(runs=runs, claims=["ijepa > random-frames"]))
+    monkeypatch.setitem(RUNS, "ijepa", runs["ijepa"])
+    # The trials are done.
+    args = ablations.parse_args(["7", "--seeds", "1", "--jobs", "1", "--out", "docs", *SMALL])
+    for run in ("ijepa", "vjepa"):
+        folder = ablations.commands(run, TRIAL_SEED, 1e-3, args.train_flags)[1]
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({
+            "run": run, "seed": TRIAL_SEED, "lr": 1e-3, "motion attentive 1": 0.5,
+            "motion attentive 0.1": 0.25}))
+    return args
 
 
-def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, tmp_path):
-    trial = ablations.commands(Job("ijepa", 1000, 1e-3, "val"), study)[1]
-    trial.mkdir(parents=True)  # this one is done
-    (trial / "result.json").write_text(json.dumps(
-        {"run": "ijepa", "seed": 1000, "lr": 1e-3, "split": "val", "results": {
-            "motion": {"attentive": {"trained": 0.5, "trained_10": 0.25}}}}))
+def in_this_process(command, log):
+    """Takes the place of ablations.execute, because a process would have to import torch."""
+    script, *flags = command
+    if script == "train.py":
+        train.main(*train.parse_args(flags))
+    else:
+        probe.main(probe.parse_args(flags))
+    return 2.04
+
+
+def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, tmp_path,
+                                                                         monkeypatch):
+    monkeypatch.setattr(ablations, "execute", in_this_process)
     ablations.main(study)
     text = (tmp_path / "docs/ablations.md").read_text()
     assert "## 7. Methods" in text and "## 1." not in text and "**0.375**" in text
@@ -110,67 +117,50 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, 
     assert (tmp_path / "docs/ablations/7.png").stat().st_size > 10_000
     with open(tmp_path / "docs/ablations/results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["run"], row["seed"], row["split"], row["clips"]) for row in rows] == [
-        ("ijepa", "0", "test", "32"), ("random-frames", "0", "test", "0")]
-    assert float(rows[0]["seconds"]) > 0 and rows[1]["seconds"] == "0.0"
+    assert [(row["run"], row["seed"], row["clips"], row["seconds"]) for row in rows] == [
+        ("ijepa", "0", "32", "2.0"), ("random-frames", "0", "4", "2.0")]
     for row in rows:
-        assert list(row)[:8] == ["run", "seed", "lr", "split", "steps", "seconds", "clips",
-                                 "motion attentive 1"]
+        assert list(row)[:6] == ["run", "seed", "lr", "seconds", "clips", "motion attentive 1"]
         assert all(0 <= float(row[f"appearance {probe} 0.1"]) <= 1
                    for probe in ("attentive", "linear", "knn"))
-    folder = ablations.commands(Job("ijepa", 0, 1e-3, "test"), study)[1]
+    folder = ablations.commands("ijepa", 0, 1e-3, study.train_flags)[1]
     assert (folder / "probe.json").exists() and not (folder / "features").exists()
 
-    for name in ("train.py", "probe.py"):
-        (tmp_path / name).write_text("raise SystemExit(3)")
+    monkeypatch.setattr(ablations, "execute", None)
     (tmp_path / "docs/ablations.md").unlink()
     ablations.main(study)
     assert (tmp_path / "docs/ablations.md").read_text() == text
-    (folder / "result.json").unlink()
-    with pytest.raises(ablations.StudyError, match="probing .*: see .*log.txt"):
-        ablations.main(study)  # training is not repeated, and a failure ends the study
 
 
-def test_an_interrupted_training_counts_all_its_seconds(study, tmp_path, monkeypatch):
-    def execute(command, log):
-        if command[0] == "train.py":
-            codes.append(1)
-            return (143, 5.0) if len(codes) == 1 else (0, 7.0)
-        (folder / "features").mkdir()
-        (folder / "probe.json").write_text('{"results": {}}')
-        return 0, 1.0
-
-    codes, job = [], Job("ijepa", 0, 1e-3, "test")
-    folder = ablations.commands(job, study)[1]
-    monkeypatch.setattr(ablations, "execute", execute)
-    with pytest.raises(ablations.StudyError, match="training .* exit code 143: see .*log.txt"):
-        ablations.do(job, study)
-    assert ablations.do(job, study)["seconds"] == 12
+def test_a_failing_run_ends_the_study_with_its_log(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    (tmp_path / "probe.py").write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="probe.py failed with exit code 3: see .*log.txt") as e:
+        ablations.main(study)
+    assert (tmp_path / str(e.value).split()[-1]).read_text() == "1\n"
+    assert ablations.execute(["train.py"], tmp_path / "log.txt") > 0
 
 
 def test_listed_commands_are_those_that_are_run(study, capsys):
     study.list = True
     ablations.main(study)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
-    assert lines.pop(0) == "export OMP_NUM_THREADS=1"
-    assert len(lines) == 4 and all(line.startswith("python ") for line in lines)
-    for line, job in zip(lines[::2], (Job("ijepa", 1000, 1e-3, "val"),
-                                      Job("ijepa", 0, 1e-3, "test")), strict=True):
-        assert shlex.split(line)[1:] == ablations.commands(job, study)[2]
-    assert "--split test" in lines[3] and "--controls random_init" in lines[3]
+    lines = capsys.readouterr().out.splitlines()
+    expected = [command for job in (("ijepa", TRIAL_SEED), ("vjepa", TRIAL_SEED), ("ijepa", 0),
+                                    ("random-frames", 0))
+                for command in ablations.commands(*job, 1e-3, study.train_flags)[2:]]
+    assert [shlex.split(line) for line in lines] == [["python", *words] for words in expected]
 
 
 def test_other_flags_are_other_runs_and_an_unknown_table_or_flag_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        ablations.parse_args(["10"])
-    assert "no table 10" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        ablations.parse_args(["--data", "videos"])
-    assert "--data cannot be changed" in capsys.readouterr().err
-    plain, other = ablations.parse_args(["3", "1"]), ablations.parse_args(["--stepz", "3"])
-    assert plain.tables == [3, 1] and other.tables == list(TABLES)
-    assert (plain.mark, plain.out, ablations.parse_args([]).out) == ("", "out", "docs")
-    assert other.mark and other.out == "out"
-    with pytest.raises(SystemExit):
-        ablations.main(other)
-    assert "--stepz" in capsys.readouterr().err
+    for arguments, message in ((["10"], "tables are 1 to 9"), (["--jobs", "0"], "at least 1"),
+                               (["--stepz", "3"], "--stepz")):
+        with pytest.raises(SystemExit):
+            ablations.parse_args(arguments)
+        assert message in capsys.readouterr().err
+    plain, other = ablations.parse_args(["3", "1"]), ablations.parse_args(["--steps", "3"])
+    assert (plain.tables, plain.train_flags) == ([3, 1], [])
+    assert (other.tables, other.train_flags) == (list(TABLES), ["--steps", "3"])
+    folders = [ablations.commands("vjepa", 0, 1e-3, args.train_flags)[1] for args in (plain, other)]
+    assert str(folders[0]) == "runs/ablations-vjepa-lr0.001-seed0"
+    assert folders[1].name.startswith("ablations-vjepa-lr0.001-seed0-")

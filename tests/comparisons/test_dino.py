@@ -10,7 +10,8 @@ from comparisons.dino import DINO, Crops, cut_crops, local_side
 def setting():
     """A small DINO, the masks of 3 clips, and these clips."""
     torch.manual_seed(0)
-    model = DINO(24, 4, 1, 1, 24, 1, 2, 4.0, 12, 1, num_mask_sets=1, init_std=None)
+    model = DINO(img_size=24, patch_size=4, num_frames=1, tubelet_size=1, embed_dim=24, depth=1,
+                 num_heads=2, predictor_dim=12, init_std=None)
     return model, [Crops((1, 6, 6)).sample(range(3), 0)], torch.randn(3, 3, 1, 24, 24)
 
 
@@ -51,10 +52,10 @@ def test_a_crop_shows_its_part_of_the_frame():
 
 def test_every_crop_is_compared_with_the_teachers_other_crop():
     model, [(wide, local)], clips = setting()
-    model.center.mean.normal_()
+    model.center[0].data.normal_()
     student = [model.predictor(model.encoder(cut_crops(clips, crops[:, i:i + 1], side)).mean(1))
                / 0.1 for crops, side in ((wide, 24), (local, 12)) for i in range(crops.shape[1])]
-    teacher = [(teacher_outputs(model, clips, wide[:, i:i + 1]) - model.center.mean) / 0.04
+    teacher = [(teacher_outputs(model, clips, wide[:, i:i + 1]) - model.center[0]) / 0.04
                for i in range(2)]
     losses = [F.cross_entropy(student[j], teacher[i].softmax(-1))
               for i in range(2) for j in range(8) if i != j]
@@ -66,13 +67,13 @@ def test_teacher_and_center_move_once_per_step_and_get_no_gradient():
     with torch.no_grad():
         model.predictor.prototypes.add_(1)
     model.eval()(clips, masks)
-    assert not model.center.seen  # an evaluation leaves no trace
+    assert not model.seen  # an evaluation leaves no trace
     outputs = teacher_outputs(model, clips, masks[0][0])
     model.train()(clips[:1], [tuple(crops[:1] for crops in masks[0])]).backward()
     model(clips[1:], [tuple(crops[1:] for crops in masks[0])]).backward()  # accumulated
     before = model.target_predictor.prototypes.clone()
     model.update_target(0.75)
-    torch.testing.assert_close(model.center.mean, 0.1 * outputs.mean(0))
+    torch.testing.assert_close(model.center[0], 0.1 * outputs.mean(0))
     torch.testing.assert_close(model.target_predictor.prototypes, before + 0.25)
     assert all(p.grad is None for p in model.target_encoder.parameters())
     assert all(p.grad is None for p in model.target_predictor.parameters())
@@ -88,4 +89,4 @@ def test_the_center_forgets_a_skipped_step():
     model.zero_grad()
     model(clips, masks).backward()
     model.update_target(0.99)
-    torch.testing.assert_close(model.center.mean, 0.1 * outputs.mean(0))
+    torch.testing.assert_close(model.center[0], 0.1 * outputs.mean(0))

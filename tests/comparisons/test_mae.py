@@ -19,7 +19,8 @@ def test_normalized_pixels_are_the_image_except_for_mean_and_std():
 
 def test_the_loss_is_the_squared_error_of_masked_tubelets_alone():
     torch.manual_seed(0)
-    model = MaskedAutoencoder(24, 4, 8, 2, 24, 1, 2, 4.0, 12, 1, num_mask_sets=2, init_std=None)
+    model = MaskedAutoencoder(img_size=24, patch_size=4, num_frames=8, embed_dim=24, depth=1,
+                              num_heads=2, predictor_dim=12, predictor_depth=1, init_std=None)
     clips, masks = torch.randn(3, 3, 8, 24, 24), [
         TubeMask(GRID).sample(range(3), 0), RunningCellMask(GRID).sample(range(3), 0)]
     truth = normalize_tubelets(patchify(clips, TUBELET))[0]

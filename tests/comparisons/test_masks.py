@@ -125,6 +125,7 @@ def test_truncated_masks_are_usable_if_a_token_is_visible_and_one_is_masked():
 @pytest.mark.parametrize("sampler", [ImageBlockMask(FRAME), TruncatedMultiBlockMask((8, 14, 14))])
 def test_sampling_ends_when_no_mask_is_usable(sampler, monkeypatch):
     monkeypatch.setattr(comparisons.masks, "MAX_TRIES", 20)
-    monkeypatch.setattr(sampler, "is_usable", lambda *masks: False)
+    monkeypatch.setattr(sampler, "num_context", 196)
+    monkeypatch.setattr(sampler, "is_usable", lambda masked: False, raising=False)
     with pytest.raises(ValueError, match="20 tries"):
         sampler.sample(range(3), seed=0)

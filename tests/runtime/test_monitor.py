@@ -82,7 +82,7 @@ def make_monitor(folder, rank=0):
 def test_skipped_steps_are_counted_until_there_are_ten_in_a_row(rank, tmp_path, capsys):
     log = make_monitor(tmp_path, rank)
 
-    def step(number, loss=1.0, norm=1.0, scale=None):
+    def step(number, loss=1.0, norm=1.0, scale=1.0):
         if not math.isfinite(loss + norm):
             log.skip(number, loss, [1.0, norm], [[8, 9], [12, 13]], scale)
         log.step(number, loss, 0.1, 0.1, 0.99, [1.0, norm])
@@ -171,7 +171,7 @@ def test_wandb_gets_every_column_and_continues_after_a_restart(tmp_path, monkeyp
         calls.append(options)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=None))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=True))
     train_here(tmp_path, monkeypatch, "--log", "wandb")
     (tmp_path / "runs/run/checkpoint-0000006.pt").unlink()
     train_here(tmp_path, monkeypatch, "--log", "wandb")

@@ -61,7 +61,7 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_encoded
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "list.csv").touch()
-    monkeypatch.setattr(extract, "open_from_flags", None)
+    monkeypatch.setattr(extract, "open_source", None)
     with pytest.raises(ValueError, match=says) as error:
         extract.main([file, *PUBLISHED])
     assert str(error.value).startswith(file) and "\n" not in str(error.value)

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
-from data import open_clips
-from tests.conftest import frame_indices, write_video
+from tests.conftest import frame_indices, open_small, write_images, write_video
 from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, normalize,
                           random_resized_crop, read_clip, resize_short_side)
 
@@ -84,12 +83,6 @@ def test_a_header_without_duration_makes_no_difference(tmp_path):
         unseekable = type("Pipe", (), {"write": lambda self, part: file.write(part)})
         write_video(unseekable(), container_format="matroska")
     assert frame_indices(read_clip(tmp_path / "live.mkv", 5, 4)) == [11, 15, 19, 23, 27]
-
-
-def write_images(folder, names, size=(20, 10)):
-    folder.mkdir(parents=True)
-    for i, name in enumerate(names):
-        Image.new("RGB", size, (20 * i,) * 3).save(folder / name)
 
 
 def test_a_folder_of_frames_is_read_in_the_order_of_its_numbers(tmp_path):
@@ -170,7 +163,7 @@ def test_an_unreadable_path_is_one_clear_line(tmp_path, make, reason, capfd):
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
     with pytest.raises(DataError, match="none of the first 1 clips can|no videos|no such"):
-        open_clips([str(path)], 4, 2, 32)
+        open_small(path)
 
 
 def test_a_file_without_permission_is_one_clear_line():

@@ -2,15 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from data import open_clips
-from tests.conftest import write_video
+from tests.conftest import open_small, write_images, write_video
 from video.decode import DataError
-
-
-def open_small(path, **options):
-    return open_clips([str(path)], num_frames=4, frame_step=2, img_size=32, train=False, **options)
 
 
 @pytest.mark.parametrize("text, classes, labels", [
@@ -26,7 +20,7 @@ def test_lists_of_paths_and_labels(tmp_path, text, classes, labels):
     for name in ("one.mp4", "two 2.mp4"):
         write_video(tmp_path / "möve" / name, 3)
     (tmp_path / "möve" / "list.csv").write_text(text, encoding="utf-8")
-    dataset = open_small(tmp_path / "möve" / "list.csv", split="train")
+    dataset = open_small(tmp_path / "möve" / "list.csv", split="train", train=False)
     assert [Path(path).name for path in dataset.paths] == ["one.mp4", "two 2.mp4"]
     assert (dataset.classes, dataset.groups) == (classes, ["g1", "g2"] if "group" in text else None)
     assert dataset.labels([0, 1]).get("class", torch.tensor([])).tolist() == labels
@@ -57,22 +51,16 @@ def test_class_folders_in_train_and_val_share_their_classes(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         write_video(tmp_path / name, 3)
     (tmp_path / "train" / "kick" / "notes.txt").touch()
-    val = open_small(tmp_path, split="val")
+    val = open_small(tmp_path, split="val", train=False)
     assert val.classes == ["hug", "kick"] and val.labels([0])["class"].tolist() == [1]
     assert val.splits == {"train", "val"}
     assert len(open_small(tmp_path, split="train")) == 2 and len(open_small(tmp_path)) == 3
 
 
-def write_images(folder, names, size=(20, 10)):
-    folder.mkdir(parents=True)
-    for name in names:
-        Image.new("RGB", size).save(folder / name)
-
-
 def test_folders_of_frames_are_clips(tmp_path):
     for folder in ("hug/first", "kick/second"):
         write_images(tmp_path / folder, [f"frame_{i}.png" for i in range(1, 13)])
-    dataset = open_small(tmp_path)
+    dataset = open_small(tmp_path, train=False)
     assert dataset.classes == ["hug", "kick"] and len(dataset) == 2
     write_images(tmp_path / "flat" / "7", [f"{i:05}.jpg" for i in range(5)])
     assert len(open_small(tmp_path / "flat")) == len(open_small(tmp_path / "flat" / "7")) == 1
@@ -81,7 +69,7 @@ def test_folders_of_frames_are_clips(tmp_path):
 def test_images_in_class_folders_are_clips_that_repeat_them(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / name, [f"{i}.png" for i in range(3)], (31, 57))
-    dataset = open_small(tmp_path)
+    dataset = open_small(tmp_path, train=False)
     assert dataset.classes == ["cat", "dog"] and len(dataset) == 6
     clips = dataset.batch([2, 5]).clips
     assert clips.shape == (2, 3, 4, 32, 32) and (clips == clips[:, :, :1]).all()
