@@ -6,8 +6,8 @@
 A path is a text or CSV file of `path label` lines, a folder of CLASS/CLIP.mp4 (with or without
 train/ and val/ above), a folder of numbered frames or of images, a single file, or `synthetic`.
 Everything random is a function of (seed, sample id): the file, where the clip starts, its crop, its
-flip. So a run that is resumed, or that has more processes, sees exactly the same clips. How files
-are found and decoded is in video/, how worker processes read ahead in runtime/loading.py.
+flip. So a run that is resumed, or that has more processes, sees exactly the same clips. Finding and
+decoding files is in video/, reading ahead in worker processes in runtime/loading.py.
 """
 
 import os
@@ -47,8 +47,8 @@ class VideoClips(Dataset):
     fps: frames per second, instead of every frame_step-th frame; split: train, val or test, if the
     source names them; weights: how often each path is drawn from; classes: names to number the
     labels by; need_labels: a missing label is an error; segments, views: in evaluation, clips
-    spread over time and crops over the longer side. Raises DataError.
-    Attributes: classes, [] if a label is missing; groups, None if a group is missing; splits.
+    spread over time and crops over the longer side. If any label is missing, classes is []; if any
+    group is, groups is None. Raises DataError.
     """
 
     def __init__(self, paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, *,
@@ -171,10 +171,9 @@ class VideoClips(Dataset):
         """Text that changes with the files, and with how clips are cut from them."""
         files = [file for path in self.paths
                  for file in (frame_files(path) if os.path.isdir(path) else [path])]
-        stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+        stats = [os.path.exists(file) and os.stat(file) for file in files]
         stamps = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return str((files, stamps, self.request, self.img_size, self.train, self.seed,
-                    self.protocol))
+        return f"{files} {stamps} {self.request} {self.img_size} {self.seed} {self.protocol}"
 
 
 @lru_cache(maxsize=2)

@@ -36,8 +36,7 @@ def momentum_at(step, total_steps, start=0.996, end=1.0, schedule="cosine"):
 def update(target, online, momentum):
     """target <- momentum * target + (1 - momentum) * online, in place, in one fused call.
 
-    target, online: modules of the same architecture. Parameters and floating-point buffers are
-    averaged; integer buffers, which count something, are copied.
+    The modules have the same architecture. Integer buffers, which count something, are copied.
     """
     pairs = list(zip(target.state_dict().values(), online.state_dict().values(), strict=True))
     averaged = [(t, o) for t, o in pairs if t.is_floating_point()]

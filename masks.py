@@ -93,8 +93,8 @@ class MultiBlockMask:
     def sample(self, sample_ids, seed):
         """Masks of a batch: context (B, Kc) and targets (B, Kt), int64 token indices, sorted.
 
-        sample_ids: B non-negative ints; seed: non-negative int. A clip's mask is a function of
-        (seed, sample id): it is the same in any batch, on any process, after any restart.
+        A clip's mask is a function of (seed, sample id), non-negative ints: it is the same in any
+        batch, on any process and after any restart.
         """
         clips = [self.sample_clip(np.random.default_rng((seed, int(i)))) for i in sample_ids]
         return tuple(torch.from_numpy(np.stack(indices)) for indices in zip(*clips, strict=True))

@@ -178,12 +178,11 @@ class VisionTransformer(nn.Module):
 class Predictor(nn.Module):
     """A narrow ViT that predicts the features of masked tokens from the context (section 3.2).
 
-    Each mask set has its own learned mask token; its position embedding says which token to
-    predict. out_dim: channels of a prediction, if not embed_dim.
+    Each mask set has its own mask token; its position embedding says which token to predict.
     """
 
     def __init__(self, grid, embed_dim=1024, predictor_dim=384, depth=12, num_heads=16,
-                 mlp_ratio=4.0, num_mask_sets=2, init_std=0.02, out_dim=None):
+                 mlp_ratio=4.0, num_mask_sets=2, init_std=0.02):
         super().__init__()
         check_divisible("predictor_dim", predictor_dim, "num_heads", num_heads)
         self.predictor_embed = nn.Linear(embed_dim, predictor_dim)
@@ -193,7 +192,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(
             Block(predictor_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(predictor_dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(predictor_dim, out_dim or embed_dim)
+        self.predictor_proj = nn.Linear(predictor_dim, embed_dim)
         init_weights(self, init_std)
 
     def forward(self, context_features, context_indices, target_indices, mask_set):
@@ -262,9 +261,8 @@ def main():
         model, clips = VJEPA(), torch.empty(1, 3, 16, 224, 224)
         context, target = (torch.empty(1, n, dtype=torch.int64) for n in (313, 784))
         features = model.encoder(clips, context)
-        prediction = model.predictor(features, context, target, mask_set=0)
-        outputs = {"encoder": features, "predictor": prediction,
-                   "target_encoder": model.targets(clips)}
+        outputs = {"encoder": features, "target_encoder": model.targets(clips),
+                   "predictor": model.predictor(features, context, target, mask_set=0)}
     print(f"clip            {tuple(clips.shape)}  {math.prod(model.encoder.grid)} tokens, of which "
           f"{context.shape[1]} are context and {target.shape[1]} targets")
     for name, network in model.named_children():

@@ -7,8 +7,8 @@
 The frozen target encoder encodes every clip once (runtime/features.py). Then three probes are
 trained, with all and with few of the labels: attentive (a learned query attends to all tokens),
 linear (logistic regression on the mean token), and knn (a vote of the nearest mean tokens).
-Controls: the encoder with its random initial weights; the trained encoder on a single frame, which
-shows no motion; differences of successive frames, which are what pixels tell about motion.
+Controls: the encoder with random weights; the trained encoder on a single frame, which shows no
+motion; differences of successive frames, which are what pixels tell about motion.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import nn
 from data import DataError
 from model import MLP, init_weights
 from runtime import report
-from runtime.evaluation import SourceConfig, compare, open_source
+from runtime.evaluation import CONTROLS, SourceConfig, compare, open_source
 from runtime.features import MotionEnergy, OneFrame, on_clips, open_splits, random_init_encoder
 from runtime.flags import check, flag, parse
 from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
@@ -104,12 +104,6 @@ class AttentiveProbe(nn.Module):
     def forward(self, features):
         return self.linear(self.pooler(features))
 
-    def attention(self, features):
-        """Attention of the query: (B, N, D) -> (B, N, heads), which sums to 1 over the tokens."""
-        block = self.pooler.cross_attention_block
-        features = F.layer_norm(features, features.shape[-1:], eps=block.norm1.eps)
-        return block.xattn.weights(self.pooler.query_tokens, features, block.norm1.weight)
-
     @classmethod
     def from_checkpoint(cls, path, num_heads):
         """A published probe, in eval mode; num_heads: the encoder's (ViT-L and ViT-H: 16).
@@ -126,9 +120,8 @@ class AttentiveProbe(nn.Module):
 def fit_attentive(tokens, labels, train_ids, val_ids, num_heads, num_classes, seed, device="cpu"):
     """Train an attentive probe on stored tokens; keep the epoch that is best on validation.
 
-    tokens: (n, V, N, D), of which the first view is used; labels: (n,); train_ids, val_ids:
-    indices. As published: 20 epochs of AdamW, learning rate 1e-3 with a cosine to 0, weight decay
-    0.01; small sets get at least 200 steps.
+    tokens: (n, V, N, D), of which the first view is used; labels: (n,). As published: 20 epochs of
+    AdamW, learning rate 1e-3 with a cosine to 0, weight decay 0.01; but at least 200 steps.
     """
     torch.manual_seed(seed)
     probe = AttentiveProbe(tokens.shape[-1], num_heads, num_classes, init_std=None).to(device)
@@ -237,9 +230,7 @@ class Config(SourceConfig):
     test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
     label_fraction: list[float] = flag([0.1], "of the labels, besides all", above=0, most=1)
     seeds: int = flag(3, "probe seeds", least=1)
-    controls: list[str] = flag(["random_init", "one_frame", "motion_energy"],
-                               "what to probe besides the trained encoder",
-                               ("random_init", "one_frame", "motion_energy"))
+    controls: list[str] = flag(CONTROLS, "what to probe besides the trained encoder", CONTROLS)
 
 
 def main(config):
@@ -259,8 +250,7 @@ def main(config):
     print(f"probing {path} on {train_set.name}: " + (
         f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
         f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)
-    scores, confusion = compare(probe_all, encoders, train_set, test_set, folds, encoder.num_heads,
-                                config, device)
+    scores, confusion = compare(probe_all, encoders, train_set, test_set, folds, config)
     folder = Path(config.out or (path if path.is_dir() else path.parent))
     return report.write(folder, scores, confusion, test_set.class_names, config.label_fraction,
                         asdict(config) | {"checkpoint": str(path), "data": data})
@@ -269,7 +259,6 @@ def main(config):
 def parse_args(arguments=None):
     """Command line -> Config. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="python probe.py [--checkpoint PATH] [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     return parse(parser, Config, arguments)[0]
 

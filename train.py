@@ -8,10 +8,9 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --preset vitl16 --data k710.csv      two nodes: the same line on both
 
-Every field of Config is a flag; --help lists them. A run is a folder runs/NAME with config.json,
-metrics.csv, curves.png and checkpoint-STEP.pt. Running the same command again continues from the
-last checkpoint; torchrun --max-restarts 3 does so automatically. Clips and masks are functions of
-(seed, sample id), so neither a restart nor the number of processes changes what is learned.
+Every field of Config is a flag. A run is a folder runs/NAME with config.json, metrics.csv,
+curves.png and checkpoint-STEP.pt. The same command again continues from the last checkpoint, and so
+does torchrun --max-restarts 3. Neither restarts nor the number of processes change the result.
 """
 
 import argparse
@@ -110,9 +109,8 @@ def main(config, run_dir, restart=False, signals=()):
     """Train from the start, or from the last checkpoint in run_dir, to the last step.
 
     restart: start over and keep the old folder; signals: a list as from session.catch_signals.
-    Returns run_dir. Raises ValueError, DataError or CheckpointError with one line before anything
-    is written, CheckpointError if a checkpoint cannot be written, and FloatingPointError if
-    training has diverged.
+    Returns run_dir. Raises ValueError, DataError or CheckpointError before anything is written,
+    CheckpointError if a checkpoint cannot be, and FloatingPointError if training has diverged.
     """
     check(config)
     rank, world_size, device = distributed.setup_device(config.device)

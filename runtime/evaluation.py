@@ -13,6 +13,9 @@ from runtime.loading import BadFiles, num_workers
 from runtime.metrics import accuracy
 
 
+CONTROLS = ["random_init", "one_frame", "motion_energy"]
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """Flags that say which encoder and which clips; probe.py and the tools share them."""
@@ -43,14 +46,15 @@ def open_source(config):
     return *opened, {"segments": config.segments or segments, "views": config.views or views}
 
 
-def compare(probe_all, encoders, train_set, test_set, folds, num_heads, config, device):
+def compare(probe_all, encoders, train_set, test_set, folds, config):
     """Probe every encoder in every fold with every fraction of the labels and every seed.
 
-    probe_all: as in probe.py; encoders: {name: module}, the trained one first; train_set,
+    probe_all: as in probe.py; encoders: {name: module}, "trained" first; train_set,
     test_set, folds: from features.open_splits; config: probe.Config
     -> accuracies {(task, probe, column): (seeds, folds)}, and confusion counts {task: (classes,
     classes)} of the trained encoder's attentive probe with all labels, row: true class.
     """
+    device, num_heads = next(encoders["trained"].parameters()).device, encoders["trained"].num_heads
     bad_files = BadFiles(config.max_bad)
     train, test = (
         encode(list(encoders.values()), dataset, sorted({i for fold in folds for i in fold[part]}),

@@ -51,7 +51,7 @@ class Parts:
 
 
 def training_step(config, model, optimizer, batches, device, precision, parts):
-    """A function that takes one step as train.py does, with its parts measured by `parts`."""
+    """A function that takes one step as train.py does, except for scaling fp16's gradients."""
     # Measured where the model's own `forward` calls them, so this is the loss that is trained.
     for owner, method, name in ((model, "targets", "target encoder"),
                                 (model.encoder, "forward", "context encoder"),
@@ -59,7 +59,6 @@ def training_step(config, model, optimizer, batches, device, precision, parts):
                                 (model, "update_target", "momentum")):
         if hasattr(owner, method):
             setattr(owner, method, parts(name)(getattr(owner, method)))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     @parts("the rest")
     def step():
@@ -70,13 +69,11 @@ def training_step(config, model, optimizer, batches, device, precision, parts):
         with torch.autocast(device.type, distributed.DTYPES[precision], precision != "fp32"):
             loss = model(clips, masks)
         with parts("backward"):
-            scaler.scale(loss).backward()
+            loss.backward()
         with parts("optimizer"):
-            scaler.unscale_(optimizer)
             for network in (model.encoder, model.predictor):
                 clip_grad_norm_(network.parameters(), config.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
             optimizer.zero_grad()
         model.update_target(config.momentum_start)
     return step
@@ -84,7 +81,7 @@ def training_step(config, model, optimizer, batches, device, precision, parts):
 
 def count_flops(step, parts):
     """Floating-point operations in the matrix products of a step: {part: number}."""
-    # Plain attention, because older counters do not know every device's fused one.
+    # Plain attention, because the counter does not know every device's fused one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         return parts.measure(step, counter.get_total_flops)
 

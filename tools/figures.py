@@ -52,8 +52,8 @@ def summarize(dataset):
     labels = dataset.labels(range(len(dataset)))
     for task, names in dataset.class_names.items():
         counts = labels[task].bincount(minlength=len(names)).tolist()
-        sizes = ", ".join(f"{name} ({n})" for name, n in zip(names[:50], counts, strict=False))
-        yield f"{task}: {len(names)} classes: {sizes}{', ...' * (len(names) > 50)}"
+        sizes = ", ".join(f"{name} ({n})" for name, n in zip(names, counts, strict=True))
+        yield f"{task}: {len(names)} classes: {sizes[:1000]}"
     paths, kinds, facts, bad = getattr(dataset, "paths", []), Counter(), [], []
     for path in (paths[i] for i in evenly(len(paths), 500)):
         try:

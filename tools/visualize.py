@@ -50,7 +50,8 @@ def draw_films(films, captions, title, file, height=0.6):
     names = [name if i else captions[clip] for clip in range(m) for i, name in enumerate(films)]
     figure = Figure((height * T * W / H + 2, height * m * n + 1), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(frames.transpose(2, 3).reshape(m * n * H, T * W, 3), interpolation="nearest")
+    picture = frames.transpose(2, 3).reshape(m * n * H, T * W, 3).numpy()
+    axis.imshow(picture, interpolation="nearest")
     axis.set_yticks([(row + 0.5) * H for row in range(m * n)], names)
     axis.set(title=title, xticks=[], frame_on=False)
     axis.tick_params(length=0)
@@ -86,8 +87,11 @@ def save_gif(images, coloured, file):
 @torch.no_grad()
 def attention_film(images, probe, tokens, shape):
     """Clips (m, T, H, W, 3), yellow where a probe's query attends to their tokens (m, N, D)."""
-    tokens = tokens.to(probe.linear.weight.device, torch.float32)
-    weights = probe.attention(tokens).mean(-1, keepdim=True).cpu()  # (m, N, 1): mean over heads
+    block, query = probe.pooler.cross_attention_block, probe.pooler.query_tokens
+    tokens = tokens.to(query.device, torch.float32)
+    tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=block.norm1.eps)
+    weights = block.xattn.weights(query, tokens, block.norm1.weight)  # (m, N, heads)
+    weights = weights.mean(-1, keepdim=True).cpu()  # (m, N, 1)
     heat = tokens_to_pixels(weights / weights.amax(1, keepdim=True), *shape)  # (m, T, H, W, 1)
     dark, yellow = torch.full((3,), 0.25), torch.tensor([1.0, 0.75, 0.1])
     return images.mean(-1, keepdim=True) * torch.lerp(dark, yellow, heat)
@@ -145,7 +149,7 @@ def draw_neighbours(dataset, test, queries, file):
     for (row, column), axis in np.ndenumerate(figure.subplots(*table.shape, squeeze=False)):
         sample_id = test.sample_ids[table[row, column]]
         clip = dataset[sample_id]  # (3, T, H, W)
-        axis.imshow(denormalize(clip[:, clip.shape[1] // 2, None])[0])
+        axis.imshow(denormalize(clip[:, clip.shape[1] // 2, None])[0].numpy())
         axis.set(xticks=[], yticks=[], title="" if row else titles[column])
         axis.set_xlabel(dataset.caption(sample_id), fontsize=8)
     figure.savefig(file, dpi=100)
