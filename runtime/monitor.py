@@ -163,7 +163,7 @@ def draw_curves(run_dir):
               ["momentum"], ["grad_norm_encoder", "grad_norm_predictor"]]
     figure = Figure(figsize=(15, 6))
     # A layout engine would take as long as all the rest.
-    figure.subplots_adjust(0.035, 0.08, 0.99, 0.98, wspace=0.2, hspace=0.2)
+    figure.subplots_adjust(0.035, 0.08, 0.99, 0.93, wspace=0.2, hspace=0.35)
     for axis, columns in zip(figure.subplots(2, 4).flat, panels, strict=True):
         for column in columns:
             points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
@@ -171,7 +171,8 @@ def draw_curves(run_dir):
             axis.plot(*zip(*points, strict=True), label=column, marker=marker)
         axis.set_xlabel("optimizer step")
         if axis.lines:
-            axis.legend(loc="upper left")
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False,
+                        fontsize="small", handlelength=1)
     figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
     os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
 
