@@ -1,5 +1,6 @@
 """A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit."""
 
+import copy
 import hashlib
 import os
 import sys
@@ -116,9 +117,10 @@ def latest(run_dir, config, may_change, quiet=False):
 
 def restore(saved, optimizer, scaler, skips):
     """Load optimizer, scaler and skipped steps from a checkpoint's dict, in place."""
-    for old, new in zip(saved["opt"]["param_groups"], optimizer.param_groups, strict=True):
+    state = copy.deepcopy(saved["opt"])  # loaded tensors are views of the file, soon deleted
+    for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
         old["fused"] = new["fused"]  # depends on the device, which may be another one now
-    optimizer.load_state_dict(saved["opt"])
+    optimizer.load_state_dict(state)
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     skips.total, skips.consecutive = saved["skipped"], saved["consecutive_skips"]

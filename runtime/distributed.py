@@ -112,7 +112,8 @@ def to_device(batch, device):
 
 def mean_and_any(values, flags, device):
     """Means of values and "or" of flags over all processes, in one all_reduce: two lists."""
-    sums = torch.tensor([float(x) for x in (*values, *flags)], device=device)
+    sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
+                        for x in (*values, *flags)])
     if dist.is_initialized():
         dist.all_reduce(sums)
     means = sums[:len(values)] / (dist.get_world_size() if dist.is_initialized() else 1)

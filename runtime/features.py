@@ -181,6 +181,8 @@ def _store(files, batches, capacity):
             arrays = [np.lib.format.open_memmap(file, "w+", np.float16, shape)
                       for file, shape in zip(files, shapes, strict=True)]
         for array, tokens in zip(arrays, per_encoder, strict=True):
+            if len(tokens) and tokens.abs().max() > 65504:
+                raise DataError("features exceed the range of float16: is this encoder trained?")
             array[len(kept):len(kept) + len(tokens)] = tokens.half().cpu().numpy()
         kept += batch.sample_ids.tolist()
     if not kept:

@@ -218,3 +218,14 @@ def test_unlabelled_clips_cannot_be_probed(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\n1.png,3\n2.png,\n")
     with pytest.raises(DataError, match="list.csv:3: no label"):
         open_splits([str(tmp_path / "list.csv")], "test", CLIP)
+
+
+def test_features_beyond_float16_are_an_error_and_are_not_stored(videos, tmp_path):
+    class Loud(torch.nn.Module):
+        def forward(self, clips):
+            return torch.full((len(clips), 2, 3), 1e5)
+
+    dataset = open_clips([str(videos)], **CLIP, train=False)
+    with pytest.raises(DataError, match="exceed the range of float16"):
+        encode_here([Loud()], dataset, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
