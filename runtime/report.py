@@ -54,9 +54,10 @@ def print_tables(results, fractions, seeds, folds):
         print(f"{title:22}" + "".join(f"{cell(row, name):>17}" for name in COLUMNS))
     for fraction in fractions[1:]:
         print(f"\nwith {100 * fraction:g} % of the labels, and the change relative to all labels")
-        print(f"{'':22}" + "".join(f"{name:>25}" for name in LEARNERS))
+        learners = [name for name in LEARNERS if name in rows[0][1]]
+        print(f"{'':22}" + "".join(f"{name:>25}" for name in learners))
         for title, row in rows:
-            pairs = [(name, column(name, fraction)) for name in LEARNERS if name in row]
+            pairs = [(name, column(name, fraction)) for name in learners]
             print(f"{title:22}" + "".join(
                 f"  {cell(row, few)}  {row[few] / max(row[name], 1e-9) - 1:+5.0%}"
                 for name, few in pairs))

@@ -26,6 +26,10 @@ def test_tables_have_what_was_measured_and_a_dash_for_what_was_not(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == "motion, knn 0.800 +- 0.010 0.500 +- 0.020 - -".split()
     assert lines[-1].split() == "motion, knn 0.600 +- 0.030 -25% 0.250 +- 0.040 -50%".split()
+    assert lines[-2].split() == ["trained", "random_init"]
+    alone = {name: value for name, value in row.items() if "random" not in name}
+    report.print_tables({"motion": {"knn": alone}}, [1.0, 0.1], seeds=3, folds=1)
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["trained"]
 
 
 @pytest.mark.parametrize("controls", [[], ["random_init"]])
