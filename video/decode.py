@@ -23,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
+av.logging.set_level(None)  # older torchvision versions switch FFmpeg's own messages on
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # From version 17 on, PyAV starts threads for every frame, but the loader's workers fill the cores.
