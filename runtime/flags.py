@@ -16,10 +16,11 @@ def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-mat
     return field(default=default, metadata=metadata)
 
 
-def parse(parser, config_class, arguments=None, defaults=None):
+def parse(parser, config_class, arguments=None, defaults=None, skip=()):
     """Parse a command line -> (config, namespace of the parser's other arguments), or exit with 2.
-    defaults: function from that namespace to the config that flags change (config_class())."""
-    for f in fields(config_class):
+    defaults: function from that namespace to the config that flags change (config_class()); skip:
+    fields that are no flags here."""
+    for f in (f for f in fields(config_class) if f.name not in skip):
         # A flag that is not given leaves no attribute, so that defaults stay in one place.
         options = {"help": f.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
         if f.type is bool:

@@ -12,6 +12,12 @@ from tqdm import tqdm
 from video.decode import DataError
 
 
+def evenly(total, most):
+    """At most `most` indices from 0 to total - 1, evenly spread: int64 (n,). So they come from all
+    classes, which class folders list one after the other."""
+    return torch.linspace(0, total - 1, min(most, total), dtype=torch.float64).round().long()
+
+
 class BadFiles:
     """Reports each unreadable file once, and stops the run when there are more than 3 and more than
     max_bad of the files tried, or early on of 1000 or of `total`; max_bad 0: more than none."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from data import open_clips
 from masks import sample_masks
 from runtime import checkpoint, distributed, monitor
-from runtime.loading import BadFiles, loader, num_workers
+from runtime.loading import BadFiles, evenly, loader, num_workers
 from runtime.metrics import feature_metrics
 from runtime.weights import load_networks
 
@@ -156,10 +156,8 @@ class Run:
 
     def evaluate(self):
         """Metrics of the features of a fixed set of clips: {name: float}."""
-        count = min(self.config.eval_clips, len(self.eval_set))
-        # Spread over the whole set, because class folders come in the order of their classes.
-        ids = np.linspace(0, len(self.eval_set) - 1, count).round().astype(int).tolist()
-        parts = [ids[i:i + self.micro_batch] for i in range(0, count, self.micro_batch)]
+        ids = evenly(len(self.eval_set), self.config.eval_clips)
+        parts = [part.tolist() for part in ids.split(self.micro_batch)]
         # The last part may be smaller, and compiling for its shape takes longer than running it.
         with self.autocast, torch.compiler.set_stance("force_eager"), self.log.paused():
             batches = loader(self.eval_set, parts, sample_masks=self.sample_masks)

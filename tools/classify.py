@@ -61,7 +61,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", metavar="FILE", required=True, help="a published probe")
-    config, given = parse(parser, SourceConfig, arguments)
+    config, given = parse(parser, SourceConfig, arguments, skip=("cache",))
 
     path, encoder, data, clip, protocol = open_source(config)
     head = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)

@@ -63,7 +63,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="where to write the features")
-    config, given = parse(parser, SourceConfig, arguments)
+    config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
     _, encoder, data, clip, protocol = open_source(config)
     bad_files = BadFiles(config.max_bad)

@@ -15,7 +15,8 @@ import torch
 from comparisons.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
-from tools.visualize import draw_films, evenly, tokens_to_pixels
+from runtime.loading import evenly
+from tools.visualize import draw_films, tokens_to_pixels
 from video.decode import denormalize, describe, read_clip
 
 MASK_SETS = {"short range": (8, 0.15, (0.75, 1.5), 0.20, 0.50),

@@ -28,15 +28,10 @@ from masks import MultiBlockMask
 from model import gather_tokens, patchify
 from probe import fit_attentive, split_for_validation
 from runtime.features import encode, open_encoder, open_splits
-from runtime.loading import BadFiles, num_workers
+from runtime.loading import BadFiles, evenly, num_workers
 from runtime.metrics import standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
-
-
-def evenly(total, most):
-    """At most `most` indices from 0 to total - 1, evenly spread: int64 (n,)."""
-    return torch.linspace(0, total - 1, min(most, total), dtype=torch.float64).round().long()
 
 
 def draw_films(films, captions, title, file, height=0.6):

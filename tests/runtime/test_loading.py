@@ -8,7 +8,7 @@ import torch
 
 from data import DataError, open_clips
 from masks import MultiBlockMask, sample_masks
-from runtime.loading import BadFiles, loader, num_workers
+from runtime.loading import BadFiles, evenly, loader, num_workers
 from video.decode import Batch
 
 
@@ -73,3 +73,9 @@ def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
 def test_minus_one_worker_means_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert (num_workers(3), num_workers(0), num_workers(-1), num_workers(-1, 2)) == (3, 0, 6, 3)
+
+
+def test_indices_are_evenly_spread_and_distinct():
+    assert evenly(11, 3).tolist() == [0, 5, 10]
+    assert evenly(2, 6).tolist() == [0, 1]
+    assert evenly(0, 6).tolist() == []

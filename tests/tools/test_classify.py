@@ -101,7 +101,7 @@ def test_a_probe_for_another_width_is_rejected(lossless):
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "x.pt"], [*PUBLISHED, "--views", "-1"],
                                    [*PUBLISHED, "--protocol", "imagenet"],
-                                   [*PUBLISHED, "--seeds", "3"]])
+                                   [*PUBLISHED, "--seeds", "3"], [*PUBLISHED, "--cache", "x"]])
 def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as error:
         classify.main(flags)

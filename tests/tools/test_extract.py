@@ -65,3 +65,10 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_encoded
     with pytest.raises(ValueError, match=says) as error:
         extract.main([file, *PUBLISHED])
     assert str(error.value).startswith(file) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--split", "--out"])
+def test_a_flag_that_would_do_nothing_exits_with_2(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        extract.main(["f.npz", flag, "x"])
+    assert flag in capsys.readouterr().err

@@ -79,12 +79,6 @@ def test_the_decoder_learns_to_undo_an_encoding():
     assert error < 0.2 * pixels.var()
 
 
-def test_indices_are_evenly_spread_and_distinct():
-    assert visualize.evenly(11, 3).tolist() == [0, 5, 10]
-    assert visualize.evenly(2, 6).tolist() == [0, 1]
-    assert visualize.evenly(0, 6).tolist() == []
-
-
 def test_an_unknown_flag_exits_with_2(capsys):
     with pytest.raises(SystemExit) as error:
         visualize.main(["--unknown"])
