@@ -24,11 +24,11 @@ from video.listing import find_entries, number_labels
 from video.synthetic import Synthetic
 
 
-def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=0.6,
+def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=1.0,
                **options):
     """The data set that the paths (list of str) point to; options as in VideoClips.
 
-    noise: std of the noise over synthetic clips. Raises DataError.
+    noise: std of the static over synthetic clips. Raises DataError.
     """
     if "synthetic" in paths:
         if len(paths) > 1 or options.get("fps") or options.get("weights") or any(

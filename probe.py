@@ -125,7 +125,7 @@ def fit_attentive(tokens, labels, train_ids, val_ids, num_heads, num_classes, se
     """
     torch.manual_seed(seed)
     probe = AttentiveProbe(tokens.shape[-1], num_heads, num_classes, init_std=None).to(device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     batch_size = min(64, len(train_ids))
     steps = len(train_ids) // batch_size
     epochs = max(20, math.ceil(200 / steps))

@@ -40,7 +40,7 @@ class Config:
     method: str = flag("vjepa", "what to train (comparisons/methods.py)", methods.METHODS)
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
-    noise: float = flag(0.6, "std of the noise over synthetic clips", least=0)
+    noise: float = flag(1.0, "std of the static over synthetic clips", least=0)
     img_size: int = flag(224, "height and width of a clip, pixels", least=1)
     num_frames: int = flag(16, "frames per clip", least=1)
     frame_step: int = flag(4, "take every n-th frame of a video", least=1)
@@ -91,9 +91,10 @@ class Config:
 
 PRESETS = {
     "tiny": Config(
-        img_size=40, num_frames=8, frame_step=2, patch_size=8, embed_dim=96, depth=4, num_heads=3,
-        predictor_dim=96, predictor_depth=4, init_std=0.0, steps=1700, batch_size=32, lr_start=1e-4,
-        lr=1e-3, eval_every=250, eval_clips=512, micro_batch=0, workers=1),
+        img_size=60, patch_size=10, tubelet_size=4, embed_dim=96, depth=4, num_heads=4,
+        predictor_dim=64, predictor_depth=3, init_std=0.0, steps=2400, batch_size=16, lr_start=2e-4,
+        lr=2e-3, momentum_start=0.98, momentum_schedule="constant", eval_every=300, eval_clips=512,
+        micro_batch=0, workers=1),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr_start=1e-4, lr=5e-4, eval_every=100,

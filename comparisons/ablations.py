@@ -33,7 +33,7 @@ from runtime.report import column
 
 ROOT = Path(train.__file__).parent
 TRIAL_SEED = 1000  # of the trials of learning rates; tables use 0, 1, 2, ...
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 RUNS = {run: flags for table in TABLES.values() for run, flags in table.runs.items()}
 TUNED = ("vjepa", "pixels", "videomae", "videomae2", "ijepa", "mae", "dino")
 # The run whose trials choose the learning rate: pixels-0.5 -> pixels, tube-masks -> vjepa.
@@ -42,53 +42,72 @@ TUNED_AS = {run: next((name for name in TUNED if name == run.split("-")[0]), "vj
 
 
 def commands(run, seed, lr, train_flags=()):
-    """-> train.Config, the run's folder, and the commands that train and probe it."""
+    """-> train.Config, the run's folder, and the commands that train and evaluate it."""
     mark = f"-{crc32(' '.join(train_flags).encode()):x}" if train_flags else ""
     flags = [*BASE, *train_flags, *RUNS[run].split(), "--seed", str(seed), "--lr", f"{lr:g}",
              "--lr-start", f"{lr / 10:g}", "--name", f"ablations-{run}-lr{lr:g}-seed{seed}{mark}"]
     config, folder, _ = train.parse_args(flags)
     is_trial = seed == TRIAL_SEED
-    few_labels = run in TABLES[6].runs and not is_trial
-    fractions = map(str, TABLES[6 if few_labels else 1].fractions[1:])  # beside all labels
-    return config, folder, ["train.py", *flags], [
-        "probe.py", "--checkpoint", str(folder), "--split", "val" if is_trial else "test",
-        "--label-fraction", *fractions, "--controls", "--seeds", "1", "--cache",
-        str(folder / "features"), "--workers", "0", "--device", config.device]
+    fractions = [0.1, 0.05, 0.01] if run in TABLES[6].runs and not is_trial else [0.1]
+    probing = ["probe.py", "--checkpoint", str(folder), "--split", "val" if is_trial else "test",
+               "--label-fraction", *map(str, fractions), "--controls", "--seeds", "1", "--cache",
+               str(folder / "features"), "--workers", "0", "--device", config.device]
+    reading = ["-m", "tools.predictor", "--checkpoint", str(folder), "--device", config.device]
+    return config, folder, [["train.py", *flags], probing,
+                            *[reading] * (run in TABLES[11].runs and not is_trial)]
 
 
 def execute(command, log):
-    """Run a script on one thread -> its CPU seconds. Raises RuntimeError if it fails."""
+    """Run a command on one thread -> its CPU seconds. Raises RuntimeError if it fails."""
+    script = [ROOT / command[0]] if command[0] != "-m" else ["-m"]
     with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], stdout=file,
-                                   stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, *script, *command[1:]], stdout=file, stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{command[0]} failed with exit code {process.returncode}: see {log}")
+        raise RuntimeError(f"{' '.join(command[:2])} failed with exit code {process.returncode}: "
+                           f"see {log}")
     return usage.ru_utime + usage.ru_stime
 
 
+def results_of(folder):
+    """{column: value} of what a run's commands have left in its folder."""
+    with open(folder / "metrics.csv", newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)][-50:]
+    columns = {"loss": round(statistics.mean(losses), 4)}
+    for task, probes in json.loads((folder / "probe.json").read_text())["results"].items():
+        for probe, scores in probes.items():
+            for fraction in (1, 0.1, 0.05, 0.01):
+                if column("trained", fraction) in scores:
+                    columns[f"{task} {probe} {fraction:g}"] = scores[column("trained", fraction)]
+    if (folder / "predictor.json").exists():
+        content = json.loads((folder / "predictor.json").read_text())
+        for task, scores in content["readouts"].items():
+            columns |= {f"{task} {source}": value for source, value in scores.items()}
+        for event, scores in content["surprise"].items():
+            columns[f"surprise {event}"] = scores["auc"]
+    return columns
+
+
 def do(run, seed, lr, args):
-    """Train and probe a run, unless that is done -> its row of results.csv, in a list.
+    """Train and evaluate a run, unless that is done -> its row of results.csv, in a list.
 
     With --list only print the commands -> an empty list if it is not done. If training was
     interrupted, the row's seconds are those of its last part.
     """
-    config, folder, *both = commands(run, seed, lr, args.train_flags)
+    config, folder, steps = commands(run, seed, lr, args.train_flags)
     file, temporary = folder / "result.json", folder / "result.tmp"
     if args.list:
-        print(*(shlex.join(["python", *command]) for command in both), sep="\n")
+        print(*(shlex.join(["python", *command]) for command in steps), sep="\n")
     elif not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        seconds, _ = [execute(command, folder / "log.txt") for command in both]
+        seconds, *_ = [execute(command, folder / "log.txt") for command in steps]
         shutil.rmtree(folder / "features")
         row = {"run": run, "seed": seed, "lr": lr, "seconds": round(seconds, 1),
                "clips": config.steps * config.batch_size}
-        for task, probes in json.loads((folder / "probe.json").read_text())["results"].items():
-            row |= {f"{task} {probe} {fraction:g}": scores[column("trained", fraction)]
-                    for fraction in TABLES[6].fractions for probe, scores in probes.items()
-                    if column("trained", fraction) in scores}
-        temporary.write_text(json.dumps(row))
+        temporary.write_text(json.dumps(row | results_of(folder)))
         os.replace(temporary, file)
     return [json.loads(file.read_text())] if file.exists() else []
 

@@ -92,7 +92,7 @@ def open_encoder(checkpoint=None, data=None, device="auto", num_heads=None, fram
     num_frames = config.get("num_frames", encoder.num_frames)
     clip = {"num_frames": num_frames, "frame_step": frame_step or config.get("frame_step", 4),
             "fps": fps or (0.0 if frame_step else config.get("fps", 0.0)),
-            "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": config.get("noise", 0.6),
+            "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": config.get("noise", 1.0),
             "seed": PROBE_SEED}
     data = list(data or config.get("data", ["synthetic"]))
     return path, on_clips(encoder, num_frames).to(device), data, clip

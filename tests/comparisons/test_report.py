@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from comparisons import report
-from comparisons.report import TABLES
+from comparisons.report import Table
 
 DOCS = Path(report.__file__).parents[1] / "docs"
 
@@ -16,6 +16,10 @@ DOCS = Path(report.__file__).parents[1] / "docs"
     ([0.80], [0.70], "one seed"),
     ([0.80, 0.81, 0.82], [0.77, 0.78, 0.79], "agree"),  # 2.78 standard errors are 0.0227
     ([0.80, 0.81, 0.82], [0.78, 0.79, 0.80], "within noise"),
+    # All variance on one side leaves 2 degrees of freedom: 4.30 standard errors are 0.0993.
+    ([0.82, 0.82, 0.82], [0.70, 0.74, 0.78], "within noise"),
+    ([0.84, 0.84, 0.84], [0.70, 0.74, 0.78], "agree"),
+    ([0.5, 0.5], [0.4, 0.4], "agree"),
 ])
 def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, word):
     assert report.verdict(better, worse).split(" ", 1)[1] == word
@@ -38,17 +42,20 @@ def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
     assert report.cell(None) == "-"
 
 
-def test_the_page_is_written_from_the_csv_files_in_docs(tmp_path, monkeypatch):
-    (tmp_path / "ablations").mkdir()
-    for path in (*DOCS.glob("ablations/*.csv"), DOCS / "ablations/command.txt"):
-        shutil.copy(path, tmp_path / "ablations")
-    pictures = []
-    monkeypatch.setattr(report, "draw", lambda table, runs, path: pictures.append(path.name))
+def test_the_page_in_docs_is_that_of_the_csv_files_in_docs(tmp_path):
+    shutil.copytree(DOCS / "ablations", tmp_path / "ablations")
     report.write(tmp_path)
-    lines = (tmp_path / "ablations.md").read_text().splitlines()
-    assert pictures == [f"{number}.png" for number in TABLES]
-    assert "| vjepa |  | 0.870 +- 0.025 | 0.553 +- 0.028 | 0.668 +- 0.012 | 0.613 +- 0.017 | " \
-           "12,800 | 118 |" in lines
-    assert "| vjepa > pixels | -0.048 within noise | +0.109 agree | +0.046 agree | +0.146 agree |" \
-        in lines
-    assert "| vjepa | 0.669 | 0.698 | **0.700** | 0.683 |" in lines
+    assert (tmp_path / "ablations.md").read_text() == (DOCS / "ablations.md").read_text()
+
+
+def test_a_table_shows_means_spreads_and_verdicts():
+    table = Table("Title", {"a": "--flag", "b": ""}, ["a > b"], "Paper.", {"x": "X"}, {"s": "S"})
+    runs = {"a": {"x": [0.8, 0.9], "s": [1, 3]}, "b": {"x": [0.1, 0.2], "s": [5, 5]}}
+    _, rows, paper, claims, remark = report.section(1, table, runs, "Remark.")
+    assert "| a | --flag | 0.850 +- 0.071 | 2 |" in rows and paper == "**Paper.** Paper."
+    assert "| a > b | +0.700 agree |" in claims and remark == "**Here.** Remark."
+
+
+def test_the_best_learning_rate_is_bold():
+    trials = {"a": {"lr": [0.1, 0.2], "m attentive 1": [0.5, 0.7], "n attentive 1": [0.5, 0.6]}}
+    assert report.rate_table(trials).splitlines()[-1] == "| a | 0.500 | **0.650** |"

@@ -1,0 +1,259 @@
+"""What does the predictor know about tokens that the encoder does not see?
+
+    python -m tools.predictor                         the latest run -> runs/NAME/predictor.json
+    python -m tools.predictor --checkpoint runs/NAME --out docs
+
+read-outs   For each task a linear classifier is trained on single target tokens of training clips.
+            Applied to the predictions at masked positions of test clips, it says what the predictor
+            expects there: readouts.png, next to what it reads in the targets themselves.
+surprise    How much higher the loss of a time step is if it is predicted from earlier ones instead
+            of from itself: surprise.png, for synthetic clips as they are and for clips in which
+            something happens in the middle.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import train
+from data import DataError
+from masks import sample_masks
+from model import gather_tokens
+from probe import fit_linear
+from runtime.distributed import to_device
+from runtime.features import open_encoder, open_splits
+from runtime.loading import BadFiles, loader, num_workers
+from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
+from tools.visualize import tokens_to_pixels
+from video.decode import denormalize
+from video.synthetic import EVENTS, SHAPES, Synthetic
+
+SURPRISE_CLIPS = 500
+MARKERS = {"disc": "o", "ring": "o", "square": "s", "frame": "s", "triangle": "^", "plus": "P",
+           "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)], "ell": "$L$"}
+HOLLOW = ("ring", "frame")
+
+
+def random_tokens(low, high, count, rows, generator):
+    """`rows` times `count` different tokens from low to high - 1, at random: (rows, count)."""
+    order = torch.rand(rows, high - low, generator=generator).argsort(1)
+    return low + order[:, :count]
+
+
+def read_clips(dataset, sample_ids, samplers, device):
+    """Yield (clips (B, C, T, H, W), masks of each mask set, labels {task: (B,)}) of 50 clips."""
+    bad_files = BadFiles()
+    parts = [list(sample_ids[i:i + 50]) for i in range(0, len(sample_ids), 50)]
+    for batch in loader(dataset, parts, num_workers(-1),
+                        sample_masks=partial(sample_masks, samplers, seed=0)):
+        bad_files.report(batch)
+        clips, masks = to_device(batch, device)
+        yield clips, masks, dataset.labels(batch.sample_ids)
+
+
+@torch.no_grad()
+def fit_readouts(model, batches, class_names, tokens_per_clip=16):
+    """Train linear classifiers on random target tokens; batches: from read_clips; class_names:
+    {task: names} -> {task: function from features (..., D) to classes (...)}."""
+    generator, features, labels = torch.Generator().manual_seed(0), [], []
+    for clips, _, batch_labels in batches:
+        targets = model.targets(clips).cpu()  # (B, N, D)
+        chosen = random_tokens(0, targets.shape[1], tokens_per_clip, len(targets), generator)
+        features.append(gather_tokens(targets, chosen))
+        labels.append(batch_labels)
+    features = torch.cat(features).flatten(0, 1)  # (n * tokens_per_clip, D)
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    readouts = {}
+    for task, names in class_names.items():
+        classes = torch.cat([part[task] for part in labels]).repeat_interleave(tokens_per_clip)
+        with torch.enable_grad():
+            classify = fit_linear((features - mean) / std, classes, 1e-3, len(names))
+        readouts[task] = lambda x, classify=classify: classify((x.cpu() - mean) / std).argmax(-1)
+    return readouts
+
+
+@torch.no_grad()
+def predict(model, clips, context, target, mask_set):
+    """-> predictions and targets at the tokens `target` (B, Kt): (B, Kt, D) each."""
+    predictions = model.predictor(model.encoder(clips, context), context, target, mask_set)
+    return predictions, gather_tokens(model.targets(clips), target)
+
+
+def read_accuracy(model, batches, readouts):
+    """How often read-outs are right at masked positions, a mean over the mask sets: {task:
+    {"predicted": from predictions, "target": from targets}}; batches: from read_clips."""
+    right = {}
+    for clips, masks, labels in batches:
+        for mask_set, (context, target) in enumerate(masks):
+            tokens = predict(model, clips, context, target, mask_set)
+            for task, read in readouts.items():
+                for source, values in zip(("predicted", "target"), tokens, strict=True):
+                    hits = read(values) == labels[task][:, None]  # (B, Kt)
+                    right.setdefault(task, {}).setdefault(source, []).append(hits.float().mean(1))
+    return {task: {source: torch.cat(hits).mean().item() for source, hits in sources.items()}
+            for task, sources in right.items()}
+
+
+@torch.no_grad()
+def surprise(model, clips, draws=4):
+    """The loss of each time step but the first, given tokens of earlier steps, minus the loss given
+    equally many tokens of the same step: (B, C, T, H, W) -> (B, T' - 1).
+
+    Both are of the same quarter of the step's tokens, averaged over `draws` choices. What is hard
+    to predict anyway, such as noise, cancels out; what did not follow from the past remains.
+    """
+    steps, height, width = model.encoder.grid
+    size, B, targets = height * width, len(clips), model.targets(clips)
+    count = size * 3 // 4  # context tokens
+    generator, differences = torch.Generator().manual_seed(0), torch.zeros(B, steps - 1)
+    for step in range(1, steps):
+        for _ in range(draws):
+            past = random_tokens(0, step * size, count, B, generator)
+            order = random_tokens(step * size, (step + 1) * size, size, B, generator)
+            past, present, masked = (tokens.to(clips.device) for tokens in
+                                     (past, order[:, :count], order[:, count:]))
+            truth = gather_tokens(targets, masked)
+            given_past, given_present = (
+                (model.predictor(model.encoder(clips, context), context, masked, 0) - truth)
+                .abs().mean((1, 2)).cpu() for context in (past, present))
+            differences[:, step - 1] += (given_past - given_present) / draws
+    return differences
+
+
+def draw_readouts(model, sampler, dataset, sample_ids, readouts, file):
+    """Draw what read-outs say at masked positions of synthetic clips: from predictions, and from
+    the targets that were to be predicted. Green: right; red: wrong."""
+    quiet = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
+    clips, labels = dataset.batch(sample_ids).clips, dataset.labels(sample_ids)
+    context, target = sampler.sample(sample_ids, seed=0)
+    predictions, targets = predict(model, clips, context, target, 0)
+    grid, (frames, patch, _) = model.encoder.grid, model.encoder.tubelet
+    size, steps = grid[1] * grid[2], grid[0]
+    visible = torch.zeros(len(clips), steps * size, 1).scatter(1, context[..., None], 1.0)
+    films = {"clip, without static": denormalize(quiet.batch(sample_ids).clips),
+             "what the encoder sees": denormalize(clips) * tokens_to_pixels(
+                 0.15 + 0.85 * visible, grid, model.encoder.tubelet)}
+    sources = {"predicted": predictions, "target": targets}
+    rows = [*films, *(f"{task},\n{source}" for source in sources for task in readouts)]
+    figure = Figure((1.1 * steps * len(clips) + 1, 1.15 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), steps * len(clips))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], xlim=(-0.5, grid[2] * patch - 0.5),
+                 ylim=(grid[1] * patch - 0.5, -0.5))
+    for row, axis in zip(rows, axes[:, 0], strict=True):
+        axis.set_ylabel(row, rotation=0, ha="right", va="center")
+    for clip, caption in enumerate(map(dataset.caption, sample_ids)):
+        axes[0, clip * steps].set_title(caption.replace("\n", ", "), loc="left", fontsize=10)
+        for step in range(steps):
+            column = axes[:, clip * steps + step]
+            for axis, film in zip(column, films.values(), strict=False):
+                axis.imshow(film[clip, step * frames + frames // 2].numpy())
+            here = (target[clip] // size) == step
+            place = target[clip, here] % size
+            x, y = (part * patch + patch / 2 - 0.5 for part in (place % grid[2], place // grid[2]))
+            panels = iter(column[len(films):])
+            for tokens in sources.values():
+                for task, read in readouts.items():
+                    axis, classes = next(panels), read(tokens[clip, here])
+                    right = np.where(classes == labels[task][clip], "tab:green", "tab:red")
+                    if task == "motion":
+                        angle = classes * np.pi / 4
+                        axis.quiver(x, y, angle.cos(), angle.sin(), angles="xy", pivot="mid",
+                                    color=right, scale=6, width=0.02, headwidth=4)
+                    else:
+                        for label in classes.unique():
+                            at, shape = classes == label, SHAPES[label]
+                            color = right[at.numpy()]
+                            axis.scatter(x[at], y[at], 40, marker=MARKERS[shape], edgecolors=color,
+                                         facecolors="none" if shape in HOLLOW else color)
+    figure.savefig(file, dpi=100)
+
+
+def draw_surprise(surprises, results, file):
+    """Draw the mean surprise of each time step; surprises: {event or "none": (n, T' - 1)}."""
+    figure = Figure((6, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for name, values in surprises.items():
+        label = "as it is" if name == "none" else f"{name}: AUC {results[name]['auc']:.2f}"
+        axis.errorbar(range(2, values.shape[1] + 2), values.mean(0), 2 * values.std(0)
+                      / len(values) ** 0.5, marker="o", capsize=3, label=label)
+    axis.set(xlabel="time step", ylabel="surprise (difference of L1 losses)",
+             xticks=range(2, values.shape[1] + 2))
+    axis.legend()
+    figure.savefig(file, dpi=100)
+
+
+def measure_surprise(model, dataset, sample_ids, file):
+    """Draw surprise.png for synthetic clips with and without events -> {event: {"auc", "pairs"}}.
+
+    auc: how often a clip with the event is more surprising than one without, at the first time step
+    after the event, which is in the middle; pairs: how often it is than the same clip without.
+    """
+    device = next(model.parameters()).device
+    surprises = {}
+    for event in (None, *EVENTS):
+        clips = (torch.stack([dataset.draw_clip(int(i), event) for i in part]).to(device)
+                 for part in torch.as_tensor(sample_ids).split(50))
+        surprises[event or "none"] = torch.cat([surprise(model, part) for part in clips])
+    after = model.encoder.grid[0] // 2 - 1  # the first step after the middle; step 0 has no past
+    normal = surprises["none"][:, after]
+    results = {}
+    for event in EVENTS:
+        changed = surprises[event][:, after]
+        results[event] = {"auc": (changed[:, None] > normal).float().mean().item(),
+                          "pairs": (changed > normal).float().mean().item()}
+    draw_surprise(surprises, results, file)
+    return results
+
+
+def main(arguments=None):
+    """Measure what the command line asks for -> results. Exits with 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", help="a run's folder or a checkpoint file (default: the latest run)")
+    add("--data", nargs="+", help="labelled clips (default: the run's own)")
+    add("--split", default="test", help="split to test on")
+    add("--out", help="folder for the results (default: beside the checkpoint)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse_args(arguments)
+
+    path, encoder, data, clip = open_encoder(args.checkpoint, args.data, args.device)
+    config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device
+    if config.get("method") != "vjepa":
+        raise ValueError(f"{path}: only runs of --method vjepa have a predictor of features")
+    model, (_, samplers) = load_vjepa(path).eval().to(device), train.build(train.Config(**config))
+    train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, args.split, clip)
+    folder = Path(args.out or (path if path.is_dir() else path.parent))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    readouts = fit_readouts(model, read_clips(train_set, train_ids, samplers, device),
+                            test_set.class_names)
+    results = {"readouts": read_accuracy(
+        model, read_clips(test_set, test_ids, samplers, device), readouts)}
+    for task, row in results["readouts"].items():
+        print(f"{task:10} read from a masked token's prediction {row['predicted']:.3f}, from its "
+              f"target {row['target']:.3f}, chance {1 / len(test_set.class_names[task]):.3f}")
+    if test_set.name == "synthetic":
+        draw_readouts(model, samplers[0], test_set, [0, 1], readouts, folder / "readouts.png")
+        results["surprise"] = measure_surprise(model, test_set, range(SURPRISE_CLIPS),
+                                               folder / "surprise.png")
+        for event, row in results["surprise"].items():
+            print(f"{event:10} more surprising than other clips as they are (AUC) {row['auc']:.3f},"
+                  f" than the same clip {row['pairs']:.3f}")
+    (folder / "predictor.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {folder}/")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
