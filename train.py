@@ -8,9 +8,8 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --preset vitl16 --data k710.csv      two nodes: the same line on both
 
-Every field of Config is a flag. A run is a folder runs/NAME with config.json, metrics.csv,
-curves.png and checkpoint-STEP.pt. The same command again continues from the last checkpoint, and so
-does torchrun --max-restarts 3. Neither restarts nor the number of processes change the result.
+Every field of Config is a flag. A run is a folder runs/NAME with metrics, curves and checkpoints.
+The same command continues it. Neither restarts nor the number of processes change the result.
 """
 
 import argparse
@@ -91,10 +90,10 @@ class Config:
 
 PRESETS = {
     "tiny": Config(
-        img_size=60, patch_size=10, tubelet_size=4, embed_dim=96, depth=4, num_heads=4,
-        predictor_dim=64, predictor_depth=3, init_std=0.0, steps=2400, batch_size=16, lr_start=2e-4,
-        lr=2e-3, momentum_start=0.98, momentum_schedule="constant", eval_every=300, eval_clips=512,
-        micro_batch=0, workers=1),
+        img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
+        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2400, batch_size=16, lr=2e-3,
+        momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
+        micro_batch=0, workers=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr_start=1e-4, lr=5e-4, eval_every=100,
