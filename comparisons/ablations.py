@@ -67,8 +67,8 @@ def execute(command, log):
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:2])} failed with exit code {process.returncode}: "
-                           f"see {log}")
+        name = command[command[0] == "-m"]
+        raise RuntimeError(f"{name} failed with exit code {process.returncode}: see {log}")
     return usage.ru_utime + usage.ru_stime
 
 

@@ -55,12 +55,13 @@ def compare(probe_all, encoders, train_set, test_set, folds, config):
     classes)} of the trained encoder's attentive probe with all labels, row: true class.
     """
     device, num_heads = next(encoders["trained"].parameters()).device, encoders["trained"].num_heads
-    bad_files = BadFiles(config.max_bad)
+    wanted = [sorted({i for fold in folds for i in fold[part]}) for part in (0, 1)]
+    bad_files = BadFiles(sum(map(len, wanted)), config.max_bad)
     train, test = (
-        encode(list(encoders.values()), dataset, sorted({i for fold in folds for i in fold[part]}),
-               bad_files, config.batch_size, num_workers(config.workers), f"encoding {name} clips",
-               config.cache)
-        for part, (name, dataset) in enumerate((("training", train_set), ("test", test_set))))
+        encode(list(encoders.values()), dataset, sample_ids, bad_files, config.batch_size,
+               num_workers(config.workers), f"encoding {name} clips", config.cache)
+        for sample_ids, name, dataset in zip(wanted, ("training", "test"), (train_set, test_set),
+                                             strict=True))
     # Unreadable clips have no features.
     rows = [[torch.tensor([row for row, i in enumerate(part[0].sample_ids) if i in wanted])
              for part, wanted in zip((train, test), map(set, fold), strict=True)] for fold in folds]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,50 +149,74 @@ def encode(encoders, dataset, sample_ids, bad_files, clips_per_batch=50, num_wor
     encode_batches. Raises DataError if no clip is readable or if the disk is too small."""
     sample_ids, folder, identity = list(sample_ids), Path(store), dataset.identity()
     files = [folder / f"{key(encoder, identity, sample_ids)}.npy" for encoder in encoders]
-    missing = {file: encoder for file, encoder in zip(files, encoders, strict=True)
-               if not file.with_suffix(".json").exists()}
-    if missing:
+    stored = {file: found for file in files if (found := _read(file))}
+    if missing := {file: encoder for file, encoder in zip(files, encoders, strict=True)
+                   if file not in stored}:
         folder.mkdir(parents=True, exist_ok=True)
         _store(list(missing), encode_batches(list(missing.values()), dataset, sample_ids, bad_files,
                                              clips_per_batch, num_workers, title), len(sample_ids))
     results = []
     for file in files:
-        note = json.loads(file.with_suffix(".json").read_text())
+        tokens, note = stored.get(file) or _read(file)
         ids = note["sample_ids"]
         if file not in missing:  # those were reported when they were encoded
             bad_files.report(Batch(None, ids, note["bad"]))
-        tokens = torch.from_numpy(np.load(file, mmap_mode="c"))[:len(ids)]
         pooled = torch.cat([part.float().mean(2) for part in tokens.split(64)])
         results.append(Features(tokens, pooled, dataset.labels(ids), ids))
     return results
 
 
+def _read(file):
+    """Stored tokens, memory-mapped, and their note, or None if there are none. Damaged ones are
+    reported, and are to be computed again."""
+    if not (note := file.with_suffix(".json")).exists():
+        return None
+    try:
+        content, array = json.loads(note.read_text()), np.load(file, mmap_mode="c")
+        if (list(array.shape), array.dtype) == (content["shape"], np.float16):
+            return torch.from_numpy(array)[:len(content["sample_ids"])], content
+        reason = "its note describes other features"
+    except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+    print(f"{file}: stored features are damaged ({reason}); computed again", file=sys.stderr)
+    return None
+
+
 def _store(files, batches, capacity):
     """Write the tokens of `batches` (encode_batches) to a file per encoder, and then notes that
     validate them; capacity: the number of clips, if all are readable."""
-    arrays, kept, bad = [], [], []
-    for batch, per_encoder in batches:
-        bad += batch.bad
-        if not arrays:
-            shapes = [(capacity, *tokens.shape[1:]) for tokens in per_encoder]
-            needed = 2 * sum(map(math.prod, shapes))
-            if needed > (free := shutil.disk_usage(files[0].parent).free):
-                raise DataError(f"the features need {needed / 1e9:.1f} GB in {files[0].parent}/, "
-                                f"which has {free / 1e9:.1f} GB left: pass another --cache")
-            arrays = [np.lib.format.open_memmap(file, "w+", np.float16, shape)
-                      for file, shape in zip(files, shapes, strict=True)]
-        for array, tokens in zip(arrays, per_encoder, strict=True):
-            if len(tokens) and tokens.abs().max() > 65504:
-                raise DataError("features exceed the range of float16: is this encoder trained?")
-            array[len(kept):len(kept) + len(tokens)] = tokens.half().cpu().numpy()
-        kept += batch.sample_ids.tolist()
-    if not kept:
-        raise DataError("none of the clips can be read")
-    for file, array in zip(files, arrays, strict=True):
-        array.flush()
-        note = file.with_suffix(".tmp")
-        note.write_text(json.dumps({"sample_ids": kept, "bad": bad}))
-        os.replace(note, file.with_suffix(".json"))
+    # Other processes may be storing the same: each one writes files of its own and renames them.
+    own = [file.with_suffix(f".{os.getpid()}.tmp") for file in files]
+    try:
+        arrays, kept, bad = [], [], []
+        for batch, per_encoder in batches:
+            bad += batch.bad
+            if not arrays:
+                shapes = [(capacity, *tokens.shape[1:]) for tokens in per_encoder]
+                needed = 2 * sum(map(math.prod, shapes))
+                if needed > (free := shutil.disk_usage(files[0].parent).free):
+                    raise DataError(f"the features need {needed / 1e9:.1f} GB in "
+                                    f"{files[0].parent}/, which has {free / 1e9:.1f} GB left: "
+                                    "pass another --cache")
+                arrays = [np.lib.format.open_memmap(file, "w+", np.float16, shape)
+                          for file, shape in zip(own, shapes, strict=True)]
+            for array, tokens in zip(arrays, per_encoder, strict=True):
+                if len(tokens) and tokens.abs().max() > 65504:
+                    raise DataError("features exceed the range of float16: is this encoder "
+                                    "trained?")
+                array[len(kept):len(kept) + len(tokens)] = tokens.half().cpu().numpy()
+            kept += batch.sample_ids.tolist()
+        if not kept:
+            raise DataError("none of the clips can be read")
+        for file, temporary, array in zip(files, own, arrays, strict=True):
+            array.flush()
+            os.replace(temporary, file)
+            temporary.write_text(json.dumps({"sample_ids": kept, "bad": bad,
+                                             "shape": array.shape}))
+            os.replace(temporary, file.with_suffix(".json"))
+    finally:
+        for temporary in own:
+            temporary.unlink(missing_ok=True)
 
 
 def open_splits(data, split, clip, test_data=None, segments=1, views=1):

@@ -1,9 +1,10 @@
 """Reading clips in the background: worker processes, and what to do about unreadable files."""
 
-import math
+import atexit
 import os
 import signal
 import sys
+import weakref
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,9 +21,9 @@ def evenly(total, most):
 
 class BadFiles:
     """Reports each unreadable file once, and stops the run when there are more than 3 and more than
-    max_bad of the files tried, or early on of 1000 or of `total`; max_bad 0: more than none."""
+    max_bad of the files tried, or early on of 1000 or of all `total`; max_bad 0: more than none."""
 
-    def __init__(self, max_bad=0.05, total=math.inf):
+    def __init__(self, total, max_bad=0.05):
         self.max_bad, self.total, self.tried, self.paths = max_bad, total, 0, set()
 
     def report(self, batch):
@@ -63,14 +64,32 @@ class BatchMaker:
 
 
 def ignore_signals(worker):
-    """Ctrl-C reaches all processes of a terminal, but the main process decides what to do."""
+    """Ctrl-C in a terminal and SIGTERM from torchrun reach all processes, but the main process
+    decides what to do: it may want to finish its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+open_loaders = weakref.WeakSet()
+
+
+@atexit.register
+def close_loaders():
+    """End all workers when an error ends the main process: Python sends them SIGTERM, which they
+    ignore, and would wait for them forever."""
+    for batches in list(open_loaders):
+        batches.close()
 
 
 def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
     """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
     Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError."""
+    loaded = _load(dataset, batches, num_workers, pin_memory, sample_masks)
+    open_loaders.add(loaded)
+    return loaded
+
+
+def _load(dataset, batches, num_workers, pin_memory, sample_masks):
     try:
         # Without a generator of its own, DataLoader would draw from torch's global random state.
         yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,

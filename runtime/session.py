@@ -98,7 +98,7 @@ class Run:
         self.sample_ids = partial(sample_ids, batch_size=config.batch_size, rank=rank,
                                   world_size=world_size, micro_batch=self.micro_batch)
         self.sample_masks = partial(sample_masks, samplers, seed=config.seed)
-        self.bad_files = BadFiles(config.max_bad, len(train_set))
+        self.bad_files = BadFiles(len(train_set), config.max_bad)
         ids = (self.sample_ids(step, i) for step in range(first_step, config.steps)
                for i in range(self.accumulation))
         self.batches = loader(train_set, ids, num_workers(config.workers, world_size),

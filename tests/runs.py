@@ -79,16 +79,16 @@ def command(*flags, processes=1, script=ROOT / "train.py", restarts=0):
     return [sys.executable, *launcher, str(script), *FAST, *flags]
 
 
-def run(folder, *flags, **options):
+def run(folder, *flags, timeout=240, **options):
     """Run to the end; options as command has them; -> what subprocess.run gives."""
     if options:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command(*flags, **options), cwd=folder, env=environment,
-                              capture_output=True, text=True, timeout=240)
+                              capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as place:
         files = Path(place, "stdout"), Path(place, "stderr")
         child = start(folder, *flags, output=files)
-        child.join(240)
+        child.join(timeout)
         child.kill()
         return subprocess.CompletedProcess(flags, child.exitcode,
                                            *(file.read_text() for file in files))

@@ -23,8 +23,9 @@ from video.synthetic import Synthetic
 
 ROOT = Path(probe.__file__).parent
 PUBLISHED = ["--checkpoint", str(GOLDEN / "reference-vjepa.pth.tar"), "--num-heads", "4"]
-SMALL = ("--img-size 16 --patch-size 4 --num-frames 4 --embed-dim 24 --depth 1 --num-heads 2 "
-         "--predictor-dim 12 --predictor-depth 1 --batch-size 4 --eval-clips 8").split()
+SMALL = ("--img-size 16 --patch-size 4 --num-frames 4 --tubelet-size 2 --embed-dim 24 --depth 1 "
+         "--num-heads 2 --predictor-dim 12 --predictor-depth 1 --batch-size 4 "
+         "--eval-clips 8").split()
 
 
 def test_logits_agree_with_the_release(tensors):
@@ -239,6 +240,14 @@ def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as error:
         probe.parse_args(flags)
     assert error.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_too_many_unreadable_files_end_an_evaluation(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):  # of 12, besides b/3.mp4
+        os.truncate(videos / f"a/{i}.mp4", 0)
+    with pytest.raises(DataError, match="5 unreadable files, listed above, are more than 5.0%"):
+        probe.main(probe.parse_args([*PUBLISHED, "--data", str(videos), "--workers", "0"]))
 
 
 def test_protocols_are_the_published_ones():

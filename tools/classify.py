@@ -73,7 +73,7 @@ def main(arguments=None):
     classes = [str(i) for i in range(head.linear.out_features)]
     dataset = open_clips(data, **clip, **protocol, split=split, train=False, classes=classes)
     print(f"classifying {len(dataset)} clips of {dataset.name}", flush=True)
-    bad_files = BadFiles(config.max_bad)
+    bad_files = BadFiles(len(dataset), config.max_bad)
     probabilities, sample_ids = classify(encoder, head, dataset, bad_files, config.batch_size,
                                          num_workers(config.workers))
     bad_files.summary()

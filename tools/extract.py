@@ -66,7 +66,7 @@ def main(arguments=None):
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
     _, encoder, data, clip, protocol = open_source(config)
-    bad_files = BadFiles(config.max_bad)
+    bad_files = BadFiles(len(open_clips(data, **clip, train=False)), config.max_bad)
     count = extract(given.file, encoder, data, clip, protocol, bad_files,
                     clips_per_batch=config.batch_size, num_workers=num_workers(config.workers),
                     store=config.cache)

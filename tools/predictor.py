@@ -48,7 +48,7 @@ def random_tokens(low, high, count, rows, generator):
 
 def read_clips(dataset, sample_ids, samplers, device):
     """Yield (clips (B, C, T, H, W), masks of each mask set, labels {task: (B,)}) of 50 clips."""
-    bad_files = BadFiles()
+    bad_files = BadFiles(len(sample_ids))
     parts = [list(sample_ids[i:i + 50]) for i in range(0, len(sample_ids), 50)]
     for batch in loader(dataset, parts, num_workers(-1),
                         sample_masks=partial(sample_masks, samplers, seed=0)):

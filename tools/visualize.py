@@ -154,8 +154,8 @@ def encode_some(encoder, dataset, sample_ids, most=2000):
     """Features of at most `most` clips. Raises DataError if fewer than two are readable."""
     # Evenly spread, because class folders are listed class by class.
     sample_ids = [sample_ids[i] for i in evenly(len(sample_ids), most)]
-    [features] = encode([encoder], dataset, sample_ids, BadFiles(), title="encoding clips",
-                        num_workers=num_workers(-1))
+    [features] = encode([encoder], dataset, sample_ids, BadFiles(len(sample_ids)),
+                        title="encoding clips", num_workers=num_workers(-1))
     if len(features.sample_ids) < 2:
         raise DataError(f"{dataset.name}: fewer than two readable clips to show or to train on")
     return features

@@ -5,6 +5,7 @@ do not start at 0 make no difference. Decoding starts at the last key frame befo
 stops at the end of the clip.
 """
 
+import errno
 import math
 import os
 import re
@@ -28,6 +29,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # From version 17 on, PyAV starts threads for every frame, but the loader's workers fill the cores.
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+# FFmpeg recognises files by their content. Formats that name other files or addresses, such as
+# playlists, are not among these, whatever a file is called.
+FORMATS = ("3gp,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp4,mpeg,mpegts,mpegvideo,"
+           "mxf,nut,ogg,rm,webm,yuv4mpegpipe")
 # Errors that FFmpeg and Pillow raise for damaged files.
 DAMAGED = av.FFmpegError, OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError
 
@@ -63,8 +68,7 @@ def read_clip(path, num_frames, frame_step, start=None, *, position=0.5, fps=Non
     try:
         if is_still(path):
             return _read_images(path, crop, *request)
-        if not os.path.isfile(path) or not os.path.getsize(path):
-            raise DataError("empty file" if os.path.isfile(path) else "no such file")
+        check_file(path)
         clip, convert = [], None
         for frame, repeats in video_frames(path, timeout, *request):
             convert = convert or _converter(frame, crop)
@@ -73,6 +77,15 @@ def read_clip(path, num_frames, frame_step, start=None, *, position=0.5, fps=Non
     except (DataError, *DAMAGED) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: {reason.splitlines()[0]}") from error
+
+
+def check_file(path):
+    """Raise DataError, without the path, unless there is a file that is neither empty nor a device
+    or pipe, which could be read without end."""
+    if not os.path.isfile(path):
+        raise DataError("not a regular file" if os.path.exists(path) else "no such file")
+    if not os.path.getsize(path):
+        raise DataError("empty file")
 
 
 def is_still(path):
@@ -88,11 +101,12 @@ def video_frames(path, timeout, *request):
     """
     # Headers and indices are nearly always right; if they are not, the whole file is read.
     for trust_header in (True, False):
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with _open(path, timeout) as container:
             stream = _video_stream(container)
+            delay = _decoder_delay(container, stream) if _pts_are_guessed(container) else None
             packets, times = _find_packets(container, stream, trust_header, *request)
             current, count = None, 0  # the frame on screen; how many of the clip's frames are done
-            for frame in _decode(stream.codec_context, packets, times, timeout):
+            for frame in _decode(stream.codec_context, packets, times, timeout, delay):
                 due = bisect_left(times, frame.pts)  # how many come before this frame is shown
                 if trust_header and due and not current:
                     break  # decoding began too late
@@ -105,6 +119,34 @@ def video_frames(path, timeout, *request):
             if current:
                 return
     raise DataError("no frame with a time stamp could be decoded")
+
+
+def _open(path, timeout=30.0):
+    try:
+        return av.open(os.path.abspath(path), metadata_errors="replace", timeout=timeout,
+                       options={"format_whitelist": FORMATS})
+    except av.FFmpegError as error:
+        if error.errno == errno.EINVAL:
+            raise DataError("not a video, or in a format that is not read") from None
+        raise
+
+
+def _pts_are_guessed(container):
+    """AVI stores no presentation times, and FFmpeg's guesses are often wrong for B-frames."""
+    return container.format.name == "avi"
+
+
+def _decoder_delay(container, stream):
+    """How many packets the decoder takes in before it returns the first frame."""
+    count = 0
+    with suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if stream.codec_context.decode(packet):
+                break
+            count += 1
+        stream.codec_context.flush_buffers()
+        container.seek(0, stream=stream)
+    return count
 
 
 def _find_packets(container, stream, trust_header, num_frames, frame_step, start, position, fps):
@@ -132,6 +174,8 @@ def _find_packets(container, stream, trust_header, num_frames, frame_step, start
             container.seek(int(max(first, begin - 16 * interval)), stream=stream)
             packets = _read_packets(container, stream, times[-1])
     keys = [i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[0]]
+    if _pts_are_guessed(container):  # frames that follow a key frame may be shown before it
+        keys = keys[:1]
     packets = packets[keys[-1] if keys else 0:]
     if trust_header and (not keys or begin >= last + interval
                          or max(p.pts for p in packets) + 2 * interval < min(times[-1], last)):
@@ -139,11 +183,16 @@ def _find_packets(container, stream, trust_header, num_frames, frame_step, start
     return packets, times
 
 
-def _decode(decoder, packets, times, timeout):
-    """Frames in the order shown, without those that neither the clip nor other frames need."""
+def _decode(decoder, packets, times, timeout, delay=None):
+    """Frames in the order shown, without those that neither the clip nor other frames need.
+
+    delay: the decoder's, in packets, if presentation times are not to be trusted: frames are shown
+    in the order in which they are returned, at the times of the packets.
+    """
     stamps = sorted(packet.pts for packet in packets)
     wanted = {stamps[max(0, bisect_right(stamps, moment) - 1)] for moment in times if stamps}
     reordered = stamps != [packet.pts for packet in packets]  # if not, all frames are needed
+    taken = 0  # the packet with which the decoder returned the frame
     last = time.monotonic()
     for packet in [*packets, None]:  # None: return the frames held back
         if time.monotonic() > last + timeout:
@@ -152,6 +201,9 @@ def _decode(decoder, packets, times, timeout):
         decoder.skip_frame = "NONREF" if unneeded else "DEFAULT"
         with suppress(av.error.InvalidDataError):  # damaged: the frame before it stays on screen
             for frame in decoder.decode(packet):
+                if delay is not None:  # at the end, frames that are left come without a time
+                    taken = taken + 1 if frame.dts is None else bisect_left(stamps, frame.dts)
+                    frame.pts = stamps[min(max(0, taken - delay), len(stamps) - 1)]
                 if frame.pts is not None:
                     yield frame
                     last = time.monotonic()
@@ -164,6 +216,8 @@ def _read_packets(container, stream, until):
     # packets before it are used, and the caller notices if some are missing.
     with suppress(av.FFmpegError, IndexError):
         for packet in container.demux(stream):
+            if _pts_are_guessed(container):
+                packet.pts = packet.dts
             if packet.pts is not None:
                 packets.append(packet)
             if packet.dts is not None and packet.dts > until:
@@ -190,7 +244,9 @@ def _header_span(container, stream):
     if not rate or rate > 240 or not length or stream.start_time is None:
         return 0, 0, 0
     interval = float(1 / (rate * stream.time_base))
-    return stream.start_time, stream.start_time + float(length) - interval, interval
+    # Matroska's duration counts from 0, others count from the first frame.
+    begin = 0 if "matroska" in container.format.name else stream.start_time
+    return stream.start_time, begin + float(length) - interval, interval
 
 
 def _converter(frame, crop):
@@ -225,6 +281,7 @@ def _read_images(path, crop, num_frames, frame_step, start, position, fps):
     indices = [min(len(files) - 1, int(begin + k * frame_step + 0.25)) for k in range(num_frames)]
     clip = []
     for index, repeats in Counter(indices).items():
+        check_file(files[index])
         with Image.open(files[index]) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
         if not clip:
@@ -286,7 +343,8 @@ def describe(path):
     if is_still(path):
         kind = "folder of frames" if os.path.isdir(path) else "image"
         return kind, *read_clip(path, 1, 1).shape[1:3], 0
-    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+    check_file(path)
+    with _open(path) as container:
         stream = _video_stream(container)
         first, last, interval = _header_span(container, stream)
         rate = f"{float(stream.average_rate):.4g} frames/s" if interval else "frame rate unknown"

@@ -40,6 +40,8 @@ def find_entries(path):
 
 def _read_list(file):
     """`path label` lines, or a table whose first line names path, label, class, group, split."""
+    if not file.is_file():  # a device or pipe could be read without end
+        raise DataError(f"{file}: not a regular file")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +80,12 @@ def _read_folder(root):
         raise DataError(f"{error.filename}: {error.strerror}")
 
     entries, split_level = [], False  # whether the folders below root are train, val, test
+    visited = set()  # links may lead to a folder again
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         if folder == str(root):
             split_level = bool(subfolders) and all(s.lower() in SPLITS for s in subfolders)

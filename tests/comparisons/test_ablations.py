@@ -15,8 +15,8 @@ from tests.runs import FAST, train_here
 from tools import predictor
 from video.synthetic import Synthetic
 
-SMALL = ("--img-size 24 --patch-size 8 --num-frames 4 --embed-dim 24 --depth 1 --predictor-dim 24 "
-         "--predictor-depth 1 --batch-size 4").split()
+SMALL = ("--img-size 24 --patch-size 8 --num-frames 4 --tubelet-size 2 --embed-dim 24 --depth 1 "
+         "--predictor-dim 24 --predictor-depth 1 --batch-size 4").split()
 
 
 @pytest.mark.parametrize("run", RUNS)

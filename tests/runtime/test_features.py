@@ -9,6 +9,7 @@ from runtime import features
 from runtime.features import (MotionEnergy, OneFrame, encode, encode_batches, on_clips,
                               open_encoder, open_splits, random_init_encoder)
 from tests.conftest import GOLDEN
+from tests.runs import SERVER
 
 CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
 
@@ -25,7 +26,7 @@ def write_images(folder, names):
 
 
 def encode_here(encoders, dataset, folder, bad=None):
-    return encode(encoders, dataset, range(len(dataset)), bad or BadFiles(0.5), 5, store=folder)
+    return encode(encoders, dataset, range(len(dataset)), bad or BadFiles(12), 5, store=folder)
 
 
 def test_features_are_computed_once_and_then_read_from_the_store(videos, tmp_path, monkeypatch,
@@ -78,6 +79,48 @@ def test_an_interrupted_encoding_is_repeated(videos, tmp_path):
     assert torch.equal(encode_here([encoder], dataset, tmp_path)[0].tokens, once.tokens)
 
 
+def encode_in_child(videos, folder):
+    encode_here([small_encoder()], open_clips([str(videos)], **CLIP, train=False), folder)
+
+
+def test_processes_that_store_the_same_features_do_not_disturb_each_other(videos, tmp_path):
+    dataset, encoder, calls = open_clips([str(videos)], **CLIP, train=False), small_encoder(), []
+    [expected] = encode_here([encoder], dataset, tmp_path / "alone")
+
+    def meanwhile(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # the first half is written
+            child = SERVER.Process(target=encode_in_child, args=(videos, tmp_path / "shared"))
+            child.start()
+            child.join(60)
+            assert child.exitcode == 0
+
+    encoder.register_forward_hook(meanwhile)
+    for _ in range(2):
+        [found] = encode_here([encoder], dataset, tmp_path / "shared")
+        assert torch.equal(found.tokens, expected.tokens)
+    assert len(calls) == 3 and not list(tmp_path.glob("shared/*.tmp"))
+
+
+@pytest.mark.parametrize("suffix, content", [
+    (".npy", None), (".npy", b""), (".npy", b"\x93NUMPY"), (".json", b""), (".json", b"[]"),
+    (".json", b'{"sample_ids": [0], "bad": [], "shape": [1, 1, 8, 24]}')])
+def test_damaged_features_are_reported_and_computed_again(suffix, content, videos, tmp_path,
+                                                          capsys):
+    dataset = open_clips([str(videos)], **CLIP, train=False)
+    [expected] = encode_here([small_encoder()], dataset, tmp_path)
+    [file] = tmp_path.glob(f"*{suffix}")
+    file.unlink()  # others may have mapped it
+    if content is not None:
+        file.write_bytes(content)
+    for message in ("stored features are damaged", ""):
+        capsys.readouterr()
+        [found] = encode_here([small_encoder()], dataset, tmp_path)
+        assert message in capsys.readouterr().err
+        assert torch.equal(found.tokens, expected.tokens)
+        assert found.sample_ids == expected.sample_ids
+
+
 def test_free_disk_space_is_checked_first(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: type("", (), {"free": 999}))
     with pytest.raises(DataError, match=r"features need .* GB in .*, which has 0.0 GB left"):
@@ -88,7 +131,7 @@ def test_free_disk_space_is_checked_first(videos, tmp_path, monkeypatch):
 def test_segments_follow_each_other_in_a_view(videos):
     dataset = open_clips([str(videos)], **CLIP, train=False, segments=3, views=2)
     encoder, views = small_encoder(), dataset[5]  # (2, 3, 3, 4, 16, 16)
-    [(_, [tokens])] = encode_batches([encoder], dataset, [5], BadFiles(), clips_per_batch=4)
+    [(_, [tokens])] = encode_batches([encoder], dataset, [5], BadFiles(1), clips_per_batch=4)
     assert tokens.shape == (1, 2, 3 * 8, 24)
     for view in range(2):
         for segment in range(3):

@@ -9,6 +9,7 @@ import torch
 from data import DataError, open_clips
 from masks import MultiBlockMask, sample_masks
 from runtime.loading import BadFiles, evenly, loader, num_workers
+from tests.runs import ROOT, run
 from video.decode import Batch
 
 
@@ -56,18 +57,32 @@ def test_a_workers_error_arrives_as_one_line(videos):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_in_training_ends_all_processes_with_its_traceback(processes, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ema
+ema.update = lambda *arguments: 1 / 0
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    ended = run(tmp_path, "--workers", "1", processes=processes, script=script, timeout=60)
+    assert ended.returncode == 1 and "ZeroDivisionError: division by zero" in ended.stderr
+
+
 def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
     def report(bad_files, *names):
         for name in names:
             bad_files.report(Batch(None, torch.arange(2), [f"{name}.mp4: broken"]))
 
-    report(bad_files := BadFiles(max_bad=0.05, total=100), 0, 1, 0, 2, 3, 4)
+    report(bad_files := BadFiles(100, max_bad=0.05), 0, 1, 0, 2, 3, 4)
     assert capsys.readouterr().err.count("0.mp4: broken") == 1
-    report(BadFiles(max_bad=0.05, total=8), 0, 1, 2)
+    report(BadFiles(8, max_bad=0.05), 0, 1, 2)
     with pytest.raises(DataError, match="6 unreadable files"):
         report(bad_files, 9)
     with pytest.raises(DataError, match="1 unreadable"):
-        report(BadFiles(max_bad=0), 0)
+        report(BadFiles(8, max_bad=0), 0)
 
 
 def test_minus_one_worker_means_a_share_of_the_cores(monkeypatch):

@@ -39,7 +39,7 @@ def test_logits_of_a_decoded_clip_are_those_of_its_pixels(lossless):
     logits = head(encoder(clips)).detach()
 
     dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
-    probabilities, sample_ids = classify.classify(encoder, head, dataset, BadFiles(), 2)
+    probabilities, sample_ids = classify.classify(encoder, head, dataset, BadFiles(4), 2)
     assert sample_ids == [0, 1]
     torch.testing.assert_close(probabilities.log(), logits.log_softmax(-1), atol=1e-4, rtol=0)
 
@@ -96,7 +96,7 @@ def test_a_probe_for_another_width_is_rejected(lossless):
     dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
     with pytest.raises(CheckpointError, match="features of 24 channels"):
         classify.classify(load_encoder(ENCODER, num_heads=4), AttentiveProbe(24, 2, 5), dataset,
-                          BadFiles())
+                          BadFiles(4))
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "x.pt"], [*PUBLISHED, "--views", "-1"],

@@ -22,7 +22,7 @@ def test_extracted_features_have_their_paths_labels_and_splits(tmp_path):
             Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(file)
     torch.manual_seed(0)
     encoder, file = VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval(), tmp_path / "features.npz"
-    count = extract.extract(file, encoder, [str(tmp_path / "clips")], CLIP, {}, BadFiles(),
+    count = extract.extract(file, encoder, [str(tmp_path / "clips")], CLIP, {}, BadFiles(4),
                             store=tmp_path / "cache")
     found = np.load(file)
     assert count == 8 and found["features"].shape == (8, 24)

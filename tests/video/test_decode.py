@@ -29,6 +29,34 @@ def test_every_frame_is_found_in_every_format(tmp_path, name, codec, pix_fmt, op
         assert frame_indices(clip) == [start, start + 3, start + 6]
 
 
+@pytest.mark.parametrize("codec, options", [
+    ("libx264", {"bf": "2", "b_strategy": "0", "g": "12", "qp": "0"}),
+    ("libx264", {"bf": "3", "g": "9"}), ("mpeg4", {"bf": "2", "g": "12", "qmin": "1", "qmax": "1"}),
+    ("mpeg4", {"bf": "0"})])
+def test_frames_between_others_are_found_in_avi_which_has_no_presentation_times(tmp_path, codec,
+                                                                               options):
+    path = write_video(tmp_path / "a.avi", codec=codec, options=options)
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 40
+    for start in range(0, 34, 3):
+        for step in (1, 2, 4):
+            expected = [shown[min(39, start + k * step)] for k in range(4)]
+            assert np.array_equal(read_clip(path, 4, step, start), expected)
+        assert np.array_equal(read_clip(path, 3, 1, start, fps=15),
+                              [shown[min(39, start + 2 * k)] for k in range(3)])
+
+
+@pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.webm", "libvpx"),
+                                         ("a.mp4", "libx264"), ("a.ts", "libx264")])
+@pytest.mark.parametrize("delay", [10, 50])
+def test_a_video_that_starts_late_ends_at_its_last_frame(tmp_path, name, codec, delay):
+    path = write_video(tmp_path / name, codec=codec, stamps=[10 * i + delay for i in range(40)])
+    for position, first in ((0, 0), (0.5, 16), (1, 33)):
+        assert frame_indices(read_clip(path, 4, 2, position=position)) == [
+            first, first + 2, first + 4, first + 6]
+
+
 def test_position_step_and_rate_select_the_frames(tmp_path):
     path = write_video(tmp_path / "a.mp4")
     assert frame_indices(read_clip(path, 5, 4)) == [11, 15, 19, 23, 27]
@@ -154,7 +182,7 @@ def audio_only(path):
 @pytest.mark.parametrize("make, reason", [
     (lambda path: path.touch(), "empty file"), (lambda path: path.write_text("no"), "Invalid data"),
     (lambda path: path.mkdir(), "no images"), (lambda path: None, "no such file"),
-    (audio_only, "no video stream"),
+    (audio_only, "no video stream"), (os.mkfifo, "not a regular file"),
     (lambda path: path.write_bytes(write_video(path).read_bytes()[:900]), "Invalid data")])
 def test_an_unreadable_path_is_one_clear_line(tmp_path, make, reason, capfd):
     make(path := tmp_path / "weißer Fleck.mp4")
@@ -164,6 +192,29 @@ def test_an_unreadable_path_is_one_clear_line(tmp_path, make, reason, capfd):
     assert capfd.readouterr() == ("", "")
     with pytest.raises(DataError, match="none of the first 1 clips can|no videos|no such"):
         open_small(path)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    write_images(tmp_path / "clip", ["1.png"])
+    for name in ("a.jpg", "clip/2.png"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="not a regular file"):
+            read_clip((tmp_path / name).parent if "/" in name else tmp_path / name, 2, 1, start=0)
+    for path in (tmp_path / "list.csv", Path("/dev/zero")):
+        if not path.exists():
+            os.mkfifo(path)
+        with pytest.raises(DataError, match="not a regular file"):
+            open_small(path)
+
+
+@pytest.mark.parametrize("name, playlist", [
+    ("list.mp4", "ffconcat version 1.0\nfile '{video}'\n"),
+    ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{video}\n")])
+def test_a_playlist_opens_no_other_file_whatever_its_name(tmp_path, name, playlist):
+    video = write_video(tmp_path / "secret.mp4")
+    (tmp_path / name).write_text(playlist.format(video=video))
+    with pytest.raises(DataError, match="not a video, or in a format that is not read"):
+        read_clip(tmp_path / name, 4, 4)
 
 
 def test_a_file_without_permission_is_one_clear_line():

@@ -57,6 +57,18 @@ def test_class_folders_in_train_and_val_share_their_classes(tmp_path):
     assert len(open_small(tmp_path, split="train")) == 2 and len(open_small(tmp_path)) == 3
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("videos/a/1.mp4", "elsewhere/2.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_video(tmp_path / name, 3)
+    for name, target in (("b", "elsewhere"), ("a/loop", "videos"), ("a/here", "videos/a"),
+                         ("c", "elsewhere")):
+        (tmp_path / "videos" / name).symlink_to(tmp_path / target)
+    dataset = open_small(tmp_path / "videos", train=False)
+    assert [Path(path).name for path in dataset.paths] == ["1.mp4", "2.mp4"]
+    assert dataset.classes == ["a", "b"]
+
+
 def test_folders_of_frames_are_clips(tmp_path):
     for folder in ("hug/first", "kick/second"):
         write_images(tmp_path / folder, [f"frame_{i}.png" for i in range(1, 13)])
