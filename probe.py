@@ -110,7 +110,7 @@ class AttentiveProbe(nn.Module):
 
         Raises CheckpointError if the file is missing, damaged, or does not fit.
         """
-        state = state_dict(load_checkpoint(path), "classifier", path)
+        state = state_dict(load_checkpoint(path), "classifier", path, "linear.weight")
         num_classes, embed_dim = state["linear.weight"].shape
         probe = cls(embed_dim, num_heads, num_classes)
         load_strictly(probe, state, path)

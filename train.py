@@ -56,7 +56,7 @@ class Config:
     # The paper's two mask sets: a number for each of them.
     num_blocks: list[int] = flag([8, 2], "mask blocks per clip", least=1)
     spatial_scale: list[float] = flag([0.15, 0.7], "area of a block / frame", above=0, most=1)
-    aspect_ratio: list[float] = flag([0.75, 1.5], "least and most height / width", above=0)
+    aspect_ratio: list[float] = flag([0.75, 1.5], "range of height / width", above=0, interval=True)
     context_ratio: list[float] = flag([0.20, 0.07], "tokens kept as context", above=0, most=1)
     target_ratio: list[float] = flag([0.50, 0.70], "tokens kept as targets", above=0, most=1)
     masking: str = flag("", "'': the method's own masks", ("", *methods.SAMPLERS))

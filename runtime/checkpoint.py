@@ -1,19 +1,25 @@
 """A run's checkpoints: no crash can spoil them, and a run resumes from them bit for bit."""
 
 import copy
+import errno
+import fcntl
 import hashlib
 import os
+import platform
+import shutil
 import sys
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from runtime.distributed import all_gather
-from runtime.weights import CheckpointError, load_checkpoint
+from runtime.weights import CheckpointError, damage, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
+
+
+NEEDED = "config", "opt", "scaler", "step", "skipped", "consecutive_skips"  # to resume a run
 
 
 def code_version():
@@ -29,16 +35,38 @@ CODE_VERSION = code_version()  # at the start: files may be edited while a run g
 
 
 def prepare_run_dir(run_dir, restart):
-    """Make a run's folder, or clear it of half-written files. Raises CheckpointError."""
+    """Make a run's folder, lock it, and clear it of half-written files -> the lock: no other
+    process can take the folder until it is closed or this process ends. Raises CheckpointError."""
     try:
-        if restart and run_dir.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(run_dir)
+        if restart and any(run_dir.glob("[!.]*")):
             names = (Path(f"{run_dir}.old{i}") for i in range(1, 1000))
             run_dir.rename(next(path for path in names if not path.exists()))
-        run_dir.mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir()
+            lock = _lock(run_dir)
         for path in run_dir.glob("*.tmp"):
             path.unlink()
     except OSError as error:
         raise CheckpointError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    return lock
+
+
+def _lock(run_dir):
+    file = open(run_dir / ".lock", "a+")  # noqa: SIM115 (it stays open as long as the run goes on)
+    try:  # the system frees it when the process ends, in whatever way; child processes lack it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(f"{run_dir}: {file.read() or 'another process'} is training this "
+                                  "run: wait, end it, or pass another --name") from None
+        print(f"note: {run_dir} cannot be locked ({error.strerror}): let no two processes train "
+              "this run at once", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def _sync(path):
@@ -67,22 +95,14 @@ def save(run_dir, step, config, model, optimizer, scaler, skips):
         os.replace(temporary, path)
         _sync(run_dir)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of files
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if shutil.disk_usage(run_dir).free < 2 ** 20:
+            reason = "the disk is full"
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: not written ({reason})") from None
     files = sorted(run_dir.glob("checkpoint-*.pt"))
     for file in set(files) - set(files[:files.index(path) + 1][-2:]):  # older, or later but corrupt
         file.unlink()
-
-
-def _damage(path):
-    """The reason why a file is not readable, or None. torch.load does not verify checksums."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            corrupt = file.testzip()
-        return corrupt and f"wrong checksum of {corrupt}"
-    except Exception as error:  # corrupt files make zipfile raise all sorts of exceptions
-        return str(error) or type(error).__name__
 
 
 def latest(run_dir, config, may_change, quiet=False):
@@ -90,7 +110,7 @@ def latest(run_dir, config, may_change, quiet=False):
     may_change: fields of config that may differ; quiet: print no notes. Raises CheckpointError if
     none is readable or if it contains code, ValueError if the run has another configuration."""
     paths = sorted(run_dir.glob("checkpoint-*.pt"))
-    while paths and (reason := _damage(paths[-1])):
+    while paths and (reason := damage(paths[-1])):
         path = paths.pop()
         if not paths:
             raise CheckpointError(f"{path}: not readable ({reason}), and there is no other: "
@@ -103,6 +123,9 @@ def latest(run_dir, config, may_change, quiet=False):
     if not paths:
         return None
     saved = load_checkpoint(paths[-1])
+    if missing := set(NEEDED) - saved.keys():
+        raise CheckpointError(f"{paths[-1]}: has no {', '.join(sorted(missing))}: a run cannot "
+                              "continue from it")
     # A field that was added to the code since then had its default.
     new, old = asdict(config), asdict(type(config)()) | saved.get("config", {})
     differing = [f"{name} {old[name]}, not {new[name]}"
@@ -115,12 +138,16 @@ def latest(run_dir, config, may_change, quiet=False):
     return saved
 
 
-def restore(saved, optimizer, scaler, skips):
-    """Load optimizer, scaler and skipped steps from a checkpoint's dict, in place."""
+def restore(saved, optimizer, scaler, skips, path):
+    """Load optimizer, scaler and skipped steps from a checkpoint's dict, in place; path: for the
+    CheckpointError if they do not fit."""
     state = copy.deepcopy(saved["opt"])  # loaded tensors are views of the file, soon deleted
-    for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        old["fused"] = new["fused"]  # depends on the device, which may be another one now
-    optimizer.load_state_dict(state)
-    if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
+    try:
+        for old, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            old["fused"] = new["fused"]  # depends on the device, which may be another one now
+        optimizer.load_state_dict(state)
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its optimizer's state does not fit ({error})") from None
     skips.total, skips.consecutive = saved["skipped"], saved["consecutive_skips"]

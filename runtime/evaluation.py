@@ -29,7 +29,7 @@ class SourceConfig:
     views: int = flag(0, "crops spread over a test clip; 0: by --protocol, or 1", least=0)
     frame_step: int = flag(0, "take every n-th frame; 0: as in training, or 4", least=0)
     fps: float = flag(0.0, "frames per second instead of --frame-step; 0: as in training", least=0)
-    num_heads: int = flag(0, "attention heads, if the checkpoint does not record them", least=0)
+    num_heads: int = flag(0, "attention heads of the encoder; 0: as the checkpoint says", least=0)
     out: str = flag("", "folder for the results (default: beside the checkpoint)")
     cache: str = flag(str(CACHE), "folder for stored features; safe to delete")
     batch_size: int = flag(50, "clips encoded at a time", least=1)

@@ -6,11 +6,13 @@ from dataclasses import field, fields, replace
 from typing import get_args, get_origin
 
 
-def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-math.inf):
+def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-math.inf,
+         interval=False):
     """A dataclass field with its --help text and the values that it, or a list's items, may take:
-    choices, or finite numbers from least to most and greater than `above`."""
+    choices, or finite numbers from least to most and greater than `above`; interval: a list of two
+    numbers, the smaller one first."""
     metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most,
-                "above": above}
+                "above": above, "interval": interval}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -30,6 +32,7 @@ def parse(parser, config_class, arguments=None, defaults=None, skip=()):
         else:
             options |= {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    parser.usage = parser.usage or "%(prog)s [--FLAG VALUE ...]"  # an error shows it, in one line
     given = parser.parse_args(arguments)
     names = {f.name for f in fields(config_class)}
     flags = {name: value for name, value in vars(given).items() if name in names}
@@ -46,6 +49,9 @@ def check(config):
     for f in fields(config):
         name, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
         choices, least, above, most = map(f.metadata.get, ("choices", "least", "above", "most"))
+        if f.metadata["interval"] and (len(value) != 2 or value[0] > value[1]):
+            raise ValueError(f"{name} needs two numbers, the smaller one first, not "
+                             f"{' '.join(map(str, value)) or 'none'}")
         for item in value if isinstance(value, list) else [value]:
             if choices and item not in choices:
                 raise ValueError(f"{name} {item} must be one of {', '.join(map(repr, choices))}")

@@ -78,14 +78,14 @@ class Run:
         if rank == 0:
             # torchrun repeats the command line when it restarts processes that were killed.
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-            checkpoint.prepare_run_dir(run_dir, restart and not restarted)
+            self.lock = checkpoint.prepare_run_dir(run_dir, restart and not restarted)
         distributed.all_gather(None)  # waits for the first process
         saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, quiet=rank > 0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         skips, first_step = monitor.SkippedSteps(), 0
         if saved:
             load_networks(model, saved, run_dir)
-            checkpoint.restore(saved, optimizer, self.scaler, skips)
+            checkpoint.restore(saved, optimizer, self.scaler, skips, run_dir)
             first_step = saved["step"]
         if compiled:
             distributed.compile_blocks(model, len(samplers))
@@ -175,6 +175,7 @@ class Run:
         self.batches.close()
         self.log.close()
         if self.rank == 0:
+            self.lock.close()
             self.bad_files.summary()
             print(f"stopped after step {step}; the same command continues from there" if stop else
                   f"done; see {self.dir}/curves.png, then: python probe.py --checkpoint {self.dir}",

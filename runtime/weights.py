@@ -5,6 +5,8 @@
 
 import pickle
 import re
+import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ import torch
 from model import VJEPA, VisionTransformer
 
 # No tensor shows the number of heads. By width: the published encoders and ViT-Ti, ViT-S, ViT-B.
+NETWORKS = ("encoder", "target_encoder", "predictor", "classifier")
+TYPES = {**dict.fromkeys((*NETWORKS, "opt", "config"), dict), "scaler": dict | None, "step": int,
+         "skipped": int, "consecutive_skips": int, "num_heads": int, "probed_network": str}
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -32,8 +37,10 @@ def load_checkpoint(path):
     path = Path(path)
     if path.is_dir():
         path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if reason := damage(path):
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})")
     try:  # weights_only: tensors and plain containers, no code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -43,15 +50,43 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")
+    for name, kind in TYPES.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            raise CheckpointError(f"{path}: '{name}' is a {type(checkpoint[name]).__name__}")
+    for name in NETWORKS:
+        for key, value in checkpoint.get(name, {}).items():
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor)) or value.is_meta:
+                raise CheckpointError(f"{path}: '{name}' is not a state dict: entry {key!r}")
     return checkpoint
 
 
-def state_dict(checkpoint, name, path):
-    """checkpoint[name] without the prefixes that wrappers added; path: for the CheckpointError."""
+def damage(path):
+    """The reason why a file is not readable, or None. torch.load does not verify checksums."""
+    stat = Path(path).stat()
+    return _damage(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _damage(path, *_):
+    try:
+        with zipfile.ZipFile(path) as file:
+            corrupt = file.testzip()
+        return corrupt and f"wrong checksum of {corrupt}"
+    except Exception as error:  # corrupt files make zipfile raise all sorts of exceptions
+        return str(error) or type(error).__name__
+
+
+def state_dict(checkpoint, name, path, *matrices):
+    """checkpoint[name] without the prefixes that wrappers added; matrices: keys of entries that it
+    must have, with two dimensions; path: for the CheckpointError."""
     if name not in checkpoint:
         raise CheckpointError(f"{path}: has no '{name}', only {sorted(map(str, checkpoint))}")
-    return {key.removeprefix("module.").removeprefix("backbone."): value
-            for key, value in checkpoint[name].items()}
+    state = {key.removeprefix("module.").removeprefix("backbone."): value
+             for key, value in checkpoint[name].items()}
+    for key in matrices:
+        if key not in state or state[key].ndim != 2:
+            raise CheckpointError(f"{path}: '{name}' has no matrix {key}")
+    return state
 
 
 def load_strictly(module, state, path):
@@ -67,31 +102,37 @@ def load_strictly(module, state, path):
     module.load_state_dict(state)
 
 
-def count_blocks(state):
-    """Number of transformer blocks in a state dict."""
-    return 1 + max(int(key.split("blocks.")[1].split(".")[0]) for key in state if "blocks." in key)
+def count_blocks(state, path):
+    """Number of transformer blocks in a state dict; path: for the CheckpointError."""
+    names = {key.split("blocks.")[1].split(".")[0] for key in state if "blocks." in key}
+    if not names or names != set(map(str, range(len(names)))):
+        raise CheckpointError(f"{path}: its blocks are not numbered 0, 1, ...: "
+                              f"{', '.join(sorted(names)[-3:])}")
+    return len(names)
 
 
 def encoder_sizes(checkpoint, which, path, **overrides):
     """VisionTransformer's arguments, from checkpoint[which] and overrides, those that are not 0 or
     None. Raises CheckpointError."""
-    state = state_dict(checkpoint, which, path)
+    state = state_dict(checkpoint, which, path, "blocks.0.mlp.fc1.weight")
     patch_embed = state.get("patch_embed.proj.weight", torch.empty(0))
-    if patch_embed.ndim != 5 or "pos_embed" not in state:
+    if patch_embed.ndim != 5 or state.get("pos_embed", patch_embed).ndim != 3:
         raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
     D, C, t, p, _ = patch_embed.shape
-    table, axis_dim = state["pos_embed"][0], -(-D // 6) * 2  # (N, D)
     # Time, row and column have a third of the channels each: count the distinct rows of each third.
-    T, H, W = (len(part.unique(dim=0)) for part in table.split(axis_dim, dim=1))
-    if len(table) != T * H * W or H != W:
+    thirds = state["pos_embed"].flatten(0, -2).split(-(-D // 6) * 2, dim=-1)  # (N, D / 3) each
+    T, H, W = (len(part.unique(dim=0)) for part in thirds) if len(thirds) == 3 else (0, 0, 0)
+    if state["pos_embed"].shape != (1, T * H * W, D) or H != W:
         raise CheckpointError(f"{path}: the position embedding of '{which}' is not a sine-cosine")
     sizes = {"img_size": H * p, "patch_size": p, "num_frames": T * t, "tubelet_size": t,
-             "in_chans": C, "embed_dim": D, "depth": count_blocks(state),
+             "in_chans": C, "embed_dim": D, "depth": count_blocks(state, path),
              "num_heads": checkpoint.get("num_heads", HEADS_OF_WIDTH.get(D)),
              "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / D}
     sizes |= {name: value for name, value in overrides.items() if value}
     if not sizes["num_heads"]:
         raise CheckpointError(f"{path}: does not record num_heads; pass num_heads=...")
+    if sizes["num_heads"] < 0 or D % sizes["num_heads"]:
+        raise CheckpointError(f"{path}: num_heads {sizes['num_heads']} does not divide {D}")
     return sizes
 
 
@@ -114,10 +155,10 @@ def load_encoder(path, which=None, **overrides):
 def load_vjepa(path, **overrides):
     """All three networks, as a VJEPA; arguments as in load_encoder. Raises CheckpointError."""
     checkpoint = load_checkpoint(path)
-    predictor = state_dict(checkpoint, "predictor", path)
+    predictor = state_dict(checkpoint, "predictor", path, "predictor_embed.weight")
     model = VJEPA(**encoder_sizes(checkpoint, "encoder", path, **overrides),
                   predictor_dim=predictor["predictor_embed.weight"].shape[0],
-                  predictor_depth=count_blocks(predictor),
+                  predictor_depth=count_blocks(predictor, path),
                   num_mask_sets=sum(key.startswith("mask_tokens.") for key in predictor))
     load_networks(model, checkpoint, path)
     return model

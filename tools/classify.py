@@ -59,6 +59,7 @@ def write_predictions(file, paths, labels, top):
 def main(arguments=None):
     """Classify the clips that the command line names. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s --probe FILE [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", metavar="FILE", required=True, help="a published probe")
     config, given = parse(parser, SourceConfig, arguments, skip=("cache",))

@@ -61,6 +61,7 @@ def extract(file, encoder, data, clip, protocol, bad_files, **options):
 def main(arguments=None):
     """Extract what the command line asks for. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s FILE.npz [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="where to write the features")
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))

@@ -1,5 +1,6 @@
 import errno
 import os
+import platform
 import random
 import shutil
 import signal
@@ -181,6 +182,41 @@ def test_a_checkpoint_that_contains_code_is_rejected_and_not_passed_over(copy, c
     assert "this must not run" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"opt": {}}, "its optimizer's state does not fit"), ({"opt": [1]}, "'opt' is a list"),
+    ({"opt": {"state": {}, "param_groups": [{}]}}, "its optimizer's state does not fit"),
+    ({"step": "six"}, "'step' is a str"), ({"opt": None}, "'opt' is a NoneType"),
+    (["opt"], "has no opt"), (["skipped", "step"], "has no skipped, step")])
+def test_a_checkpoint_that_no_run_can_continue_from_is_one_clear_line(copy, change, says):
+    path = copy / "runs/run/checkpoint-0000006.pt"
+    saved = torch.load(path, weights_only=True)
+    if isinstance(change, dict):
+        saved |= change
+    else:
+        saved = {name: value for name, value in saved.items() if name not in change}
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=says) as raised:
+        resume()
+    assert "runs/run" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    first = start(tmp_path, *LONG, "--steps", "100000", output=("first.txt", "first.txt"))
+    file = tmp_path / "runs/run/metrics.csv"
+    while first.is_alive() and (not file.exists() or file.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    for flags in ([], ["--restart"]):
+        second = run(tmp_path, *LONG, *flags)
+        assert second.returncode == 1 and second.stdout == ""
+        assert second.stderr == (f"error: runs/run: process {first.pid} on {platform.node()} is "
+                                 "training this run: wait, end it, or pass another --name\n")
+    assert first.is_alive() and not list(tmp_path.glob("runs/run.old*"))
+    first.kill()  # which frees it
+    first.join()
+    third = run(tmp_path, *LONG, "--restart")
+    assert third.returncode == 0 and len(metrics(tmp_path, "run")) == 90
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").write_text("a file in its place")
@@ -232,7 +268,7 @@ def test_the_count_of_skipped_steps_is_restored(copy):
     optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
     saved |= {"opt": optimizer.state_dict(), "skipped": 7, "consecutive_skips": 3}
     skips = SkippedSteps()
-    checkpoint.restore(saved, optimizer, torch.amp.GradScaler("cpu", enabled=False), skips)
+    checkpoint.restore(saved, optimizer, torch.amp.GradScaler("cpu", enabled=False), skips, "a")
     assert (skips.total, skips.consecutive) == (7, 3)
 
 

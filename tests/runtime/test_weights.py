@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import VJEPA, sincos_pos_embed
+from probe import AttentiveProbe
 from runtime.weights import CheckpointError, latest_run, load_encoder, load_vjepa
 from tests.conftest import GOLDEN
 
@@ -91,6 +92,79 @@ def test_a_file_that_is_not_a_checkpoint_is_one_clear_line(content, says, tmp_pa
         load_encoder(path)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
     assert "must not run" not in capsys.readouterr().out
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def published():
+    return torch.load(REFERENCE, weights_only=True) | {"num_heads": 4}
+
+
+def test_a_single_wrong_byte_of_weights_is_found(tmp_path, published):
+    content = bytearray(save(published, tmp_path / "good.pt").read_bytes())
+    assert load_encoder(tmp_path / "good.pt")
+    for name in ("target_encoder", "predictor"):
+        for i, tensor in enumerate(list(published[name].values())[1::7]):
+            place = content.index(tensor.numpy().tobytes()) + tensor.nbytes // 2
+            content[place] ^= 1
+            (path := tmp_path / f"{name}{i}.pt").write_bytes(content)
+            content[place] ^= 1
+            for load in (load_encoder, load_vjepa):
+                with pytest.raises(CheckpointError, match="not a readable .*wrong checksum"):
+                    load(path)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"target_encoder": [1]}, "'target_encoder' is a list"),
+    ({"target_encoder": {5: torch.zeros(1)}}, "'target_encoder' is not a state dict: entry 5"),
+    ({"target_encoder": {"a": "b"}}, "'target_encoder' is not a state dict: entry 'a'"),
+    ({"target_encoder": {"a": torch.zeros(1, device="meta")}}, "is not a state dict: entry 'a'"),
+    ({"target_encoder": {}}, "has no matrix blocks.0.mlp.fc1.weight"),
+    ({"num_heads": "four"}, "'num_heads' is a str"), ({"num_heads": -4}, "num_heads -4 does not"),
+    ({"num_heads": 5}, "num_heads 5 does not divide"), ({"config": "tiny"}, "'config' is a str"),
+    ({"probed_network": "predictor"}, "'predictor' has no matrix")])
+def test_odd_content_is_one_clear_line(change, says, tmp_path, published):
+    path = save(published | change, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=says) as raised:
+        load_encoder(path)
+    assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+
+
+def test_a_wrong_byte_of_a_published_probe_is_found(tmp_path):
+    content = bytearray((GOLDEN / "reference-probe.pth.tar").read_bytes())
+    layer = AttentiveProbe.from_checkpoint(GOLDEN / "reference-probe.pth.tar", 4).linear
+    content[content.index(layer.weight.detach().numpy().tobytes()) + 9] ^= 128
+    (tmp_path / "probe.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="wrong checksum"):
+        AttentiveProbe.from_checkpoint(tmp_path / "probe.pt", 4)
+
+
+def test_odd_networks_are_one_clear_line(tmp_path, published):
+    encoder = published["target_encoder"]
+    prefix = next(iter(encoder)).rsplit("backbone.", 1)[0] + "backbone."
+    for change, says in (({"blocks.99999.norm1.bias": torch.zeros(3)}, "not numbered 0, 1"),
+                         ({"pos_embed": torch.zeros(4)}, "not a sine-cosine|not a tubelet"),
+                         ({"pos_embed": torch.zeros(1, 5, 7)}, "not a sine-cosine|not a tubelet")):
+        changed = encoder | {prefix + key: value for key, value in change.items()}
+        path = save(published | {"target_encoder": changed}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match=says):
+            load_encoder(path)
+    path = save(published | {"predictor": encoder}, tmp_path / "no-predictor.pt")
+    with pytest.raises(CheckpointError, match="'predictor' has no matrix predictor_embed.weight"):
+        load_vjepa(path)
+    path = save({"classifier": {"a": torch.zeros(1)}}, tmp_path / "probe.pt")
+    with pytest.raises(CheckpointError, match="'classifier' has no matrix linear.weight"):
+        AttentiveProbe.from_checkpoint(path, 4)
+
+
+def test_a_file_of_an_old_format_is_one_clear_line(tmp_path, published):
+    torch.save(published, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="old.pt: not a readable checkpoint .*zip"):
+        load_encoder(tmp_path / "old.pt")
 
 
 def test_the_latest_run_is_the_one_with_the_latest_checkpoint(tmp_path, monkeypatch):
