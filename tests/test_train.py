@@ -26,7 +26,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_leaves_metrics_curves_configuration_and_the_last_two_checkpoints(uninterrupted):
     files = {path.name for path in (uninterrupted / "runs/whole").iterdir()}
     assert files == {"metrics.csv", "curves.png", "config.json", "checkpoint-0000004.pt",
-                     "checkpoint-0000006.pt"}
+                     "checkpoint-0000006.pt", ".lock"}
     rows = metrics(uninterrupted, "whole")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -48,7 +48,7 @@ def test_another_configuration_for_a_run_is_an_error_and_restart_keeps_the_old(
     def go(name, *flags):
         train.main(*train.parse_args([*FAST, "--name", name, *flags]))
 
-    with pytest.raises(ValueError, match="lr 0.001, not 0.5"):
+    with pytest.raises(ValueError, match="lr 0.002, not 0.5"):
         go("whole", "--lr", "0.5")
     go("again", "--steps", "1")
     go("again", "--steps", "2", "--restart")
@@ -141,7 +141,7 @@ def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
     says = capsys.readouterr().out
     for line in ("device      cpu, fp32, activations checkpointed, 1 process(es)\n",
                  "batch       4 clips = 1 processes x 2 x 2\n",
-                 "steps       6, warm-up 1, peak learning rate 0.001\n",
+                 "steps       6, warm-up 1, peak learning rate 0.002\n",
                  "tokens      32 (2, 4, 4) per clip; masked 81% and 94%, mean 88%; "
                  "context -> targets 6 -> 16, 2 -> 22\n", "parameters  encoder", "memory      ",
                  "data wait "):

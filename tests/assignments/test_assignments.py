@@ -25,8 +25,8 @@ WRONG = {
         "return self.target_encoder(clips)"),
     4: ("c", "runtime/metrics.py", "similarity.fill_diagonal_(-1e9)", "pass"),  # a clip votes
     5: ("b", "comparisons/report.py",  # the standard deviation instead of the standard error
-        "math.sqrt(sum(statistics.variance(v) / len(v) for v in (better, worse)))",
-        "math.sqrt(sum(statistics.variance(v) for v in (better, worse)))"),
+        "[statistics.variance(values) / len(values) for values in (better, worse)]",
+        "[statistics.variance(values) for values in (better, worse)]"),
 }
 
 LATER = [(1, "d"), (2, "e")]  # parts that call all earlier ones

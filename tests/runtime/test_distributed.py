@@ -120,7 +120,7 @@ def bytes_kept_for_backward(model, clips, masks):
 
 def test_checkpointed_activations_give_the_same_loss_and_gradients_for_less_memory():
     config, *_ = train.parse_args(["--depth", "3"])
-    clips, results = torch.randn(2, 3, 8, 40, 40), []
+    clips, results = torch.randn(2, 3, 16, 60, 60), []
     for checkpointed in (False, True):
         model, samplers = train.build(config)
         masks = [sampler.sample([0, 1], 0) for sampler in samplers]
