@@ -27,7 +27,7 @@ SAMPLERS = {"fixed size": MultiBlockMask, "truncated": TruncatedMultiBlockMask}
 def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
     """One clip's masks, this project's and the release's; prints the context per time step."""
     T, H, W = grid
-    clips = open_clips(["synthetic"], T, 2, 16 * H, noise=0.2).batch([1]).clips
+    clips = open_clips(["synthetic"], T, 2, 16 * H, noise=0.0).batch([1]).clips
     frames, films = denormalize(clips), {}  # (1, T', H, W, 3): one for each time step
     print("context tokens per time step:")
     for name, settings in MASK_SETS.items():

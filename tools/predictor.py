@@ -183,6 +183,7 @@ def draw_surprise(surprises, results, file):
         label = "as it is" if name == "none" else f"{name}: AUC {results[name]['auc']:.2f}"
         axis.errorbar(range(2, values.shape[1] + 2), values.mean(0), 2 * values.std(0)
                       / len(values) ** 0.5, marker="o", capsize=3, label=label)
+    axis.axvline(values.shape[1] / 2 + 1, color="gray", linestyle=":")  # the middle of the clip
     axis.set(xlabel="time step", ylabel="surprise (difference of L1 losses)",
              xticks=range(2, values.shape[1] + 2))
     axis.legend()

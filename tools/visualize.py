@@ -147,7 +147,7 @@ def draw_neighbours(dataset, test, queries, file):
         axis.imshow(denormalize(clip[:, clip.shape[1] // 2, None])[0].numpy())
         axis.set(xticks=[], yticks=[], title="" if row else titles[column])
         axis.set_xlabel(dataset.caption(sample_id), fontsize=8)
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=72)
 
 
 def encode_some(encoder, dataset, sample_ids, most=2000):
@@ -196,8 +196,8 @@ def main(arguments=None):
         ids = split_for_validation(train.labels[task], torch.Generator().manual_seed(0))
         probe = fit_attentive(train.tokens, train.labels[task], *ids, encoder.num_heads,
                               len(classes), 0, next(encoder.parameters()).device)
-        attention = attention_film(images, probe, test.tokens[shown, 0], shape)
-        draw_films({"clip": images, "attention": attention}, captions,
+        attention = attention_film(images[:3], probe, test.tokens[shown[:3], 0], shape)
+        draw_films({"clip": images[:3], "attention": attention}, captions,
                    f"Where the attentive probe for {task} looks", out / "attention.png")
     else:
         print("no attention.png: a probe needs labels")
@@ -208,7 +208,7 @@ def main(arguments=None):
         some = evenly(len(train.sample_ids), 50_000 // math.prod(network.grid))
         train_clips = train_set.batch([train.sample_ids[i] for i in some]).clips
         films = prediction_films(load_vjepa(path).eval(), *(
-            c[:, :, :network.num_frames] for c in (clips[:3], train_clips)))  # I-JEPA: one frame
+            c[:, :, :network.num_frames] for c in (clips[:2], train_clips)))  # I-JEPA: one frame
         draw_films(films, captions, "Masked tokens, decoded to pixels", out / "predictions.png")
     else:
         print("no predictions.png: this method does not predict features of masked tokens")
