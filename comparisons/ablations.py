@@ -52,7 +52,8 @@ def commands(run, seed, lr, train_flags=()):
     probing = ["probe.py", "--checkpoint", str(folder), "--split", "val" if is_trial else "test",
                "--label-fraction", *map(str, fractions), "--controls", "--seeds", "1", "--cache",
                str(folder / "features"), "--workers", "0", "--device", config.device]
-    reading = ["-m", "tools.predictor", "--checkpoint", str(folder), "--device", config.device]
+    reading = ["-m", "tools.predictor", "--checkpoint", str(folder), "--workers", "0", "--device",
+               config.device]
     return config, folder, [["train.py", *flags], probing,
                             *[reading] * (run in TABLES[11].runs and not is_trial)]
 

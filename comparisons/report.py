@@ -185,9 +185,10 @@ def section(number, table, runs, remark):
 
 
 def write(out, tables=TABLES):
-    """Write out/ablations.md and its pictures, from the files in out/ablations/."""
+    """Write out/ablations.md, with the tables that are complete in the files of out/ablations/."""
     folder = Path(out, "ablations")
     runs, trials = read(folder / "results.csv"), read(folder / "trials.csv")
+    tables = {number: table for number, table in tables.items() if table.runs.keys() <= runs.keys()}
     notes = folder / "remarks.json"  # written by somebody who looked at the results
     remarks = json.loads(notes.read_text()) if notes.exists() else {}
     page = [

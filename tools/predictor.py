@@ -46,11 +46,11 @@ def random_tokens(low, high, count, rows, generator):
     return low + order[:, :count]
 
 
-def read_clips(dataset, sample_ids, samplers, device):
+def read_clips(dataset, sample_ids, samplers, device, workers):
     """Yield (clips (B, C, T, H, W), masks of each mask set, labels {task: (B,)}) of 50 clips."""
     bad_files = BadFiles(len(sample_ids))
     parts = [list(sample_ids[i:i + 50]) for i in range(0, len(sample_ids), 50)]
-    for batch in loader(dataset, parts, num_workers(-1),
+    for batch in loader(dataset, parts, num_workers(workers),
                         sample_masks=partial(sample_masks, samplers, seed=0)):
         bad_files.report(batch)
         clips, masks = to_device(batch, device)
@@ -222,6 +222,7 @@ def main(arguments=None):
     add("--data", nargs="+", help="labelled clips (default: the run's own)")
     add("--split", default="test", help="split to test on")
     add("--out", help="folder for the results (default: beside the checkpoint)")
+    add("--workers", type=int, default=-1, help="processes that read clips; -1: one per core")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
 
@@ -234,10 +235,11 @@ def main(arguments=None):
     folder = Path(args.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
 
-    readouts = fit_readouts(model, read_clips(train_set, train_ids, samplers, device),
-                            test_set.class_names)
-    results = {"readouts": read_accuracy(
-        model, read_clips(test_set, test_ids, samplers, device), readouts)}
+    train_clips, test_clips = (
+        read_clips(dataset, sample_ids, samplers, device, args.workers)
+        for dataset, sample_ids in ((train_set, train_ids), (test_set, test_ids)))
+    readouts = fit_readouts(model, train_clips, test_set.class_names)
+    results = {"readouts": read_accuracy(model, test_clips, readouts)}
     for task, row in results["readouts"].items():
         print(f"{task:10} read from a masked token's prediction {row['predicted']:.3f}, from its "
               f"target {row['target']:.3f}, chance {1 / len(test_set.class_names[task]):.3f}")
