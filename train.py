@@ -91,7 +91,7 @@ class Config:
 PRESETS = {
     "tiny": Config(
         img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
-        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2400, batch_size=16, lr=2e-3,
+        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, lr=2e-3,
         momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
         micro_batch=0, workers=0),
     "small": Config(

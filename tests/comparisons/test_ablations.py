@@ -24,7 +24,7 @@ def test_every_run_can_be_trained(run):
     config, _, [command, *_] = ablations.commands(run, 0, 1e-3)
     model, samplers = train.build(config)
     assert samplers and model.encoder.norm.weight.shape == (train.PRESETS["tiny"].embed_dim,)
-    assert config.steps == {"random": 1, "0.25x": 200, "0.5x": 400, "3x": 2400}.get(
+    assert config.steps == {"random": 1, "0.25x": 200, "0.5x": 400, "2.5x": 2000}.get(
         "random" if RANDOM in RUNS[run] else run.split("-")[-1], 800)
     assert (config.lr, config.lr_start, config.seed) == (1e-3, 1e-4, 0)
     assert command[0] == "train.py" and train.parse_args(command[1:])[0] == config
