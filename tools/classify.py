@@ -68,11 +68,11 @@ def main(arguments=None):
     head = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)
     head.to(next(encoder.parameters()).device)
     folder = Path(config.out or (path if path.is_dir() else path.parent))
-    folder.mkdir(parents=True, exist_ok=True)
     splits = open_clips(data, **clip, train=False).splits
     split = next((name for name in (config.split, "val") if name in splits), None)
     classes = [str(i) for i in range(head.linear.out_features)]
     dataset = open_clips(data, **clip, **protocol, split=split, train=False, classes=classes)
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"classifying {len(dataset)} clips of {dataset.name}", flush=True)
     bad_files = BadFiles(len(dataset), config.max_bad)
     probabilities, sample_ids = classify(encoder, head, dataset, bad_files, config.batch_size,
