@@ -22,7 +22,7 @@ from data import Batch, DataError, open_clips
 from runtime.loading import loader
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.checkpoint import CODE_VERSION
-from runtime.distributed import pick_device
+from runtime.distributed import DTYPES, pick_device, pick_precision
 from runtime.weights import encoder_sizes, latest_run, load_checkpoint, load_encoder
 
 # Segments spread over a video, and views: crops spread over its longer side (paper, appendix).
@@ -114,9 +114,10 @@ def random_init_encoder(path, num_heads=None):
 def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, num_workers=0,
                    title=None):
     """Yield (data.Batch, [tokens (B, V, S * N, D) float32 of each encoder]), batch by batch.
-    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device, on CUDA in bfloat16;
+    encoders: modules from (B, C, T, H, W) to (B, N, D), on one device; on CUDA in half precision;
     bad_files: a loading.BadFiles; title: of the progress bar."""
     device = next((p.device for e in encoders for p in e.parameters()), torch.device("cpu"))
+    precision = pick_precision("auto", device)
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
     batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
     for batch in tqdm(loader(dataset, batches, num_workers), title, len(batches), leave=False,
@@ -125,7 +126,7 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
         clips = batch.clips.to(device)
         clips = clips[:, None, None] if clips.ndim == 5 else clips  # (B, V, S, C, T, H, W)
         parts = clips.flatten(0, 2).split(clips_per_batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
             per_encoder = [torch.cat([encoder(part).float() for part in parts])
                            for encoder in encoders]  # (B * V * S, N, D) each
         yield batch, [tokens.unflatten(0, clips.shape[:3]).flatten(2, 3) for tokens in per_encoder]
@@ -137,7 +138,9 @@ def key(encoder, identity, sample_ids):
     for module in encoder.modules():
         digest.update(f"{type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
     for name, tensor in encoder.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+        precision = pick_precision("auto", tensor.device)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type} "
+                      f"{precision}".encode())
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:32]
 

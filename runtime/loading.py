@@ -45,8 +45,10 @@ class BadFiles:
             print(f"{len(self.paths)} unreadable files of {min(self.tried, self.total)} tried")
 
 
-def num_workers(wanted, processes=1):
-    """Worker processes for --workers; -1: share the cores with other processes, at most 8 each."""
+def num_workers(wanted):
+    """Worker processes for --workers; -1: torchrun's processes on this machine share its cores, at
+    most 8 each."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
 
 

@@ -101,7 +101,7 @@ class Run:
         self.bad_files = BadFiles(len(train_set), config.max_bad)
         ids = (self.sample_ids(step, i) for step in range(first_step, config.steps)
                for i in range(self.accumulation))
-        self.batches = loader(train_set, ids, num_workers(config.workers, world_size),
+        self.batches = loader(train_set, ids, num_workers(config.workers),
                               device.type == "cuda", self.sample_masks)
         if rank == 0:
             (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")

@@ -87,7 +87,10 @@ def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
 
 def test_minus_one_worker_means_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 6)
-    assert (num_workers(3), num_workers(0), num_workers(-1), num_workers(-1, 2)) == (3, 0, 6, 3)
+    assert (num_workers(3), num_workers(0), num_workers(-1)) == (3, 0, 6)
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (num_workers(3), num_workers(0), num_workers(-1)) == (3, 0, 3)
 
 
 def test_indices_are_evenly_spread_and_distinct():
