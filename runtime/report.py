@@ -20,6 +20,10 @@ def write(folder, scores, confusion, class_names, label_fraction, made_with):
     results = summarize(scores)
     seeds, folds = next(iter(scores.values())).shape
     print_tables(results, sorted({1.0, *label_fraction}, reverse=True), seeds, folds)
+    clips = int(next(iter(confusion.values())).sum()) // seeds
+    if clips:  # none without an attentive probe
+        print(f"\non {clips} test clips, accuracies around 0.5 differ by up to "
+              f"{1.96 * (0.5 / clips) ** 0.5:.3f} by chance (95 %)")
     write_json(folder, made_with, results, confusion, class_names)
     draw_confusion(confusion, class_names, folder / "confusion.png")
     print(f"written to {folder}/: probe.json, confusion.png")
@@ -42,16 +46,22 @@ def summarize(scores):
 def print_tables(results, fractions, seeds, folds):
     """Print the results of summarize, a table per fraction of the labels (1.0 first)."""
     std, over = ("_folds_std", f"{folds} folds") if folds > 1 else ("_std", f"{seeds} probe seeds")
+    one = seeds == folds == 1  # nothing to compute a spread from
     rows = [(f"{task}, {probe}", row) for task, probes in results.items()
             for probe, row in probes.items()]
 
     def cell(row, name):
-        return f"{row[name]:.3f} +- {row[name + std]:.3f}" if name in row else "-"
+        if name not in row:
+            return "-"
+        return f"{row[name]:.3f}" if one else f"{row[name]:.3f} +- {row[name + std]:.3f}"
 
-    print(f"accuracy with all labels: mean +- std over {over}")
+    print("accuracy with all labels" + ("" if one else f": mean +- std over {over}"))
     print(f"{'':22}" + "".join(f"{name:>17}" for name in COLUMNS))
     for title, row in rows:
         print(f"{title:22}" + "".join(f"{cell(row, name):>17}" for name in COLUMNS))
+    for title, row in rows:
+        if min(values := [row[name] for name in COLUMNS if name in row]) > 0.99 and values[1:]:
+            print(f"{title}: everything is above 0.99, so this cannot tell encoders apart")
     for fraction in fractions[1:]:
         print(f"\nwith {100 * fraction:g} % of the labels, and the change relative to all labels")
         learners = [name for name in LEARNERS if name in rows[0][1]]

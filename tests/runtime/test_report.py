@@ -32,6 +32,15 @@ def test_tables_have_what_was_measured_and_a_dash_for_what_was_not(capsys):
     assert capsys.readouterr().out.splitlines()[-2].split() == ["trained"]
 
 
+def test_one_seed_has_no_spread_and_a_task_without_difference_is_named(capsys):
+    row = {"trained": 0.995, "trained_std": 0.0, "random_init": 0.992, "random_init_std": 0.0}
+    probes = {"knn": row, "linear": {**row, "random_init": 0.6}}
+    report.print_tables({"motion": probes}, [1.0], seeds=1, folds=1)
+    said = capsys.readouterr().out
+    assert "+-" not in said and "motion, knn: everything is above 0.99" in said
+    assert "motion, linear: everything" not in said
+
+
 @pytest.mark.parametrize("controls", [[], ["random_init"]])
 def test_everything_is_written_whatever_the_controls(controls, tmp_path, capsys):
     scores = {("class", probe, report.column(name, fraction)): np.array([[0.5], [0.7]])
@@ -44,7 +53,9 @@ def test_everything_is_written_whatever_the_controls(controls, tmp_path, capsys)
     assert content["made_with"] == {"seeds": 2} and content["results"] == results
     assert content["per_class"] == {"class": {"a": 0.75, "b": 1.0}}
     assert Image.open(folder / "confusion.png").width > 200
-    assert capsys.readouterr().out.endswith(": probe.json, confusion.png\n")
+    said = capsys.readouterr().out
+    assert said.endswith(": probe.json, confusion.png\n")
+    assert "on 3 test clips, accuracies around 0.5 differ by up to 0.800 by chance" in said
 
 
 def test_per_class_accuracy_is_none_without_clips():
