@@ -37,6 +37,15 @@ def sincos_pos_embed(dim, grid):
     return table[:, :dim].float()
 
 
+def resample_pos_embed(pos_embed, old_grid, grid):
+    """Position embedding (1, N, D) of a grid (T', H', W'), resampled for another."""
+    if grid == old_grid:
+        return pos_embed
+    table = pos_embed.view(1, *old_grid, -1).permute(0, 4, 1, 2, 3)  # (1, D, T', H', W')
+    scale = tuple(new / old for new, old in zip(grid, old_grid, strict=True))
+    return F.interpolate(table, scale_factor=scale, mode="trilinear").flatten(2).transpose(1, 2)
+
+
 def patchify(clips, tubelet):
     """The pixels of every token, a tubelet (t, p, p): (B, C, T, H, W) -> (B, N, C * t * p * p)."""
     B, C, T, H, W = clips.shape
@@ -146,15 +155,6 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_weights(self, init_std)
 
-    def interpolate_pos_embed(self, grid):
-        """Position embedding (1, N, D) for a grid (T', H', W'), resampled if it is another."""
-        if grid == self.grid:
-            return self.pos_embed
-        table = self.pos_embed.view(1, *self.grid, -1).permute(0, 4, 1, 2, 3)  # (1, D, T', H', W')
-        scale = tuple(new / old for new, old in zip(grid, self.grid, strict=True))
-        table = F.interpolate(table, scale_factor=scale, mode="trilinear")
-        return table.flatten(2).transpose(1, 2)  # (1, N, D)
-
     def forward(self, clips, indices=None):
         """Encode the tokens at `indices` only, or all of them.
 
@@ -166,7 +166,7 @@ class VisionTransformer(nn.Module):
                              f"cut into tubelets of {self.tubelet}")
         grid = tuple(n // part for n, part in zip(clips.shape[2:], self.tubelet, strict=True))
         x = self.patch_embed(clips, indices)  # (B, N or K, D)
-        pos_embed = self.interpolate_pos_embed(grid)  # (1, N, D)
+        pos_embed = resample_pos_embed(self.pos_embed, self.grid, grid)  # (1, N, D)
         if indices is not None:
             pos_embed = gather_tokens(pos_embed.expand(len(clips), -1, -1), indices)  # (B, K, D)
         x = x + pos_embed

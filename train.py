@@ -37,6 +37,7 @@ class Config:
     """Everything a run depends on. The defaults are the paper's ViT-L/16."""
 
     method: str = flag("vjepa", "what to train (comparisons/methods.py)", methods.METHODS)
+    init: str = flag("", "start from the weights of a run or checkpoint, published ones too")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
     noise: float = flag(1.0, "std of the static over synthetic clips", least=0)
@@ -96,8 +97,7 @@ PRESETS = {
         micro_batch=0, workers=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
-        init_std=0.0, steps=800, batch_size=16, lr_start=1e-4, lr=5e-4, eval_every=100,
-        micro_batch=0),
+        init_std=0.0, steps=800, batch_size=16, lr=5e-4, eval_every=100, micro_batch=0),
     "vitb16": Config(embed_dim=768, depth=12, num_heads=12),
     "vitl16": Config(),
     "vith16": Config(embed_dim=1280, depth=32),

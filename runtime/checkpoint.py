@@ -128,6 +128,11 @@ def latest(run_dir, config, may_change, quiet=False):
                               "continue from it")
     # A field that was added to the code since then had its default.
     new, old = asdict(config), asdict(type(config)()) | saved.get("config", {})
+    if new["steps"] > old["steps"]:
+        if not quiet:
+            print(f"note: {run_dir} was made for {old['steps']} steps and goes on to "
+                  f"{new['steps']}, where its schedules end now", file=sys.stderr)
+        may_change = {*may_change, "steps"}
     differing = [f"{name} {old[name]}, not {new[name]}"
                  for name in new if name not in may_change and old[name] != new[name]]
     if differing:

@@ -19,7 +19,7 @@ from masks import sample_masks
 from runtime import checkpoint, distributed, monitor
 from runtime.loading import BadFiles, evenly, loader, num_workers
 from runtime.metrics import feature_metrics
-from runtime.weights import load_networks
+from runtime.weights import init_networks, load_networks
 
 # What may differ when a run is resumed, because the result does not depend on it.
 MAY_CHANGE_ON_RESUME = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
@@ -87,6 +87,8 @@ class Run:
             load_networks(model, saved, run_dir)
             checkpoint.restore(saved, optimizer, self.scaler, skips, run_dir)
             first_step = saved["step"]
+        elif config.init and (missing := init_networks(model, config.init)) and rank == 0:
+            print(f"note: --init {config.init} has no {', '.join(missing)}", file=sys.stderr)
         if compiled:
             distributed.compile_blocks(model, len(samplers))
         if config.checkpoint_activations:

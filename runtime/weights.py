@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model import VJEPA, VisionTransformer
+from model import VJEPA, VisionTransformer, resample_pos_embed
 
 # No tensor shows the number of heads. By width: the published encoders and ViT-Ti, ViT-S, ViT-B.
 NETWORKS = ("encoder", "target_encoder", "predictor", "classifier")
@@ -140,6 +140,25 @@ def load_networks(model, checkpoint, path):
     """Load all networks of a VJEPA, or of another method, strictly from a checkpoint's dict."""
     for name, network in model.named_children():
         load_strictly(network, state_dict(checkpoint, name, path), path)
+
+
+def init_networks(model, path):
+    """Load the networks of a method from another run or checkpoint, published ones too; positions
+    are resampled for another size or length of clips -> names of networks that it does not have.
+    A target encoder that is missing becomes a copy of the encoder. Raises CheckpointError."""
+    checkpoint, missing = load_checkpoint(path), []
+    sizes = encoder_sizes(checkpoint, "encoder", path, num_heads=1)  # no tensor depends on heads
+    side = sizes["img_size"] // sizes["patch_size"]
+    grid = sizes["num_frames"] // sizes["tubelet_size"], side, side
+    for name, network in model.named_children():
+        missing += [name] * (name not in checkpoint)
+        if name not in checkpoint and name != "target_encoder":
+            continue
+        state = state_dict(checkpoint, name if name in checkpoint else "encoder", path)
+        for key in (key for key in state if "pos_embed" in key):
+            state[key] = resample_pos_embed(state[key], grid, model.encoder.grid)
+        load_strictly(network, state, path)
+    return missing
 
 
 def load_encoder(path, which=None, **overrides):

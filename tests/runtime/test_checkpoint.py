@@ -235,6 +235,15 @@ def test_a_field_that_an_older_checkpoint_lacks_had_its_default(copy):
         resume("--clip-grad", "5")
 
 
+def test_a_finished_run_goes_on_to_more_steps_and_never_back(copy, capsys):
+    resume("--steps", "8")
+    assert capsys.readouterr().err == (
+        "note: runs/run was made for 6 steps and goes on to 8, where its schedules end now\n")
+    assert [int(row["step"]) for row in metrics(copy, "run")] == list(range(1, 9))
+    with pytest.raises(ValueError, match="steps 8, not 6"):
+        resume()
+
+
 def test_another_version_of_the_code_is_noted_on_resume(copy, monkeypatch, capsys):
     resume()
     assert "note" not in capsys.readouterr().err

@@ -3,10 +3,13 @@ import os
 import pytest
 import torch
 
+import train
 from model import VJEPA, sincos_pos_embed
 from probe import AttentiveProbe
-from runtime.weights import CheckpointError, latest_run, load_encoder, load_vjepa
+from runtime.weights import (CheckpointError, init_networks, latest_run, load_encoder,
+                             load_vjepa)
 from tests.conftest import GOLDEN
+from tests.runs import FAST, train_here
 
 REFERENCE = GOLDEN / "reference-vjepa.pth.tar"
 
@@ -102,6 +105,46 @@ def save(content, path):
 @pytest.fixture
 def published():
     return torch.load(REFERENCE, weights_only=True) | {"num_heads": 4}
+
+
+def test_training_starts_from_published_weights(tensors, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--img-size 32 --patch-size 8 --num-frames 8 --tubelet-size 2 --embed-dim 64 "
+             "--depth 2 --num-heads 4 --predictor-dim 32 --predictor-depth 2 --steps 1 "
+             f"--momentum-start 1 --workers 0 --name run --init {REFERENCE}").split()
+    config, folder, _ = train.parse_args(flags)
+    model = train.build(config)[0]
+    assert init_networks(model, REFERENCE) == []
+    masks = [(tensors[f"context_index_{i}"], tensors[f"target_index_{i}"]) for i in (0, 1)]
+    assert model(tensors["clip"], masks).item() == pytest.approx(tensors["loss"].item(), abs=1e-5)
+    train.main(config, folder)
+    published = load_encoder(REFERENCE, num_heads=4).state_dict()
+    for name, value in load_encoder(folder).state_dict().items():
+        assert value.equal(published[name])
+    assert "note" not in capsys.readouterr().err
+
+
+def test_positions_are_resampled_for_clips_of_another_size(tensors):
+    config, *_ = train.parse_args(
+        "--img-size 48 --patch-size 8 --num-frames 16 --tubelet-size 2 --embed-dim 64 --depth 2 "
+        "--num-heads 4 --predictor-dim 32 --predictor-depth 2".split())
+    model = train.build(config)[0]
+    init_networks(model, REFERENCE)
+    features = model.encoder(tensors["bigger_clip"])
+    torch.testing.assert_close(features, tensors["bigger_clip_features"], atol=1e-4, rtol=0)
+
+
+def test_networks_that_a_checkpoint_does_not_have_are_named(tmp_path, monkeypatch, capsys):
+    source = train_here(tmp_path, monkeypatch, "--method", "videomae", "--steps", "1")
+    saved = torch.load(max(source.glob("*.pt")), weights_only=True)
+    del saved["predictor"]
+    torch.save(saved, tmp_path / "pixels.pt")
+    capsys.readouterr()
+    train.main(*train.parse_args([*FAST, "--name", "next", "--steps", "1", "--momentum-start", "1",
+                                  "--init", "pixels.pt"]))
+    assert capsys.readouterr().err == "note: --init pixels.pt has no predictor, target_encoder\n"
+    started = load_encoder("runs/next").state_dict()
+    assert all(saved["encoder"][name].equal(value) for name, value in started.items())
 
 
 def test_a_single_wrong_byte_of_weights_is_found(tmp_path, published):
