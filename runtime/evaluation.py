@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from runtime import report
 from runtime.features import CACHE, PROTOCOLS, encode, open_encoder
 from runtime.flags import flag
-from runtime.loading import BadFiles, num_workers
+from runtime.loading import BadFiles, num_workers, progress
 from runtime.metrics import accuracy
 
 
@@ -72,7 +71,7 @@ def compare(probe_all, encoders, train_set, test_set, folds, config):
     scores = {}
     confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
                  for task, names in test_set.class_names.items()}
-    for i, name, fraction, seed, fold, task in tqdm(jobs, "probes", leave=False, disable=None):
+    for i, name, fraction, seed, fold, task in progress(jobs, "probes", len(jobs)):
         predictions = probe_all(train[i], test[i], task, len(confusion[task]), num_heads, fraction,
                                 seed, rows[fold], device)
         labels = test[i].labels[task][rows[fold][1]]

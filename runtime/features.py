@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from data import Batch, DataError, open_clips
-from runtime.loading import loader
+from runtime.loading import loader, progress
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.checkpoint import CODE_VERSION
 from runtime.distributed import DTYPES, pick_device, pick_precision
@@ -120,8 +119,8 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
     precision = pick_precision("auto", device)
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
     batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
-    for batch in tqdm(loader(dataset, batches, num_workers), title, len(batches), leave=False,
-                      disable=None):
+    loaded = loader(dataset, batches, num_workers)
+    for batch in progress(loaded, title, len(sample_ids), lambda batch: len(batch.sample_ids)):
         bad_files.report(batch)
         clips = batch.clips.to(device)
         clips = clips[:, None, None] if clips.ndim == 5 else clips  # (B, V, S, C, T, H, W)

@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 import weakref
 
 import torch
@@ -12,11 +13,27 @@ from tqdm import tqdm
 
 from video.decode import DataError
 
+QUIET_SECONDS = 60  # without a terminal, to tell a run that works from one that hangs
+
 
 def evenly(total, most):
     """At most `most` indices from 0 to total - 1, evenly spread: int64 (n,). So they come from all
     classes, which class folders list one after the other."""
     return torch.linspace(0, total - 1, min(most, total), dtype=torch.float64).round().long()
+
+
+def progress(items, title, total, size=lambda item: 1):
+    """Iterate, and show how much of `total` is done: in a bar, or, without a terminal, in a line a
+    minute; size: how much an item counts."""
+    done, last = 0, time.monotonic()
+    with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
+        for item in items:
+            yield item
+            done += size(item)
+            bar.update(size(item))
+            if bar.disable and time.monotonic() - last > QUIET_SECONDS:
+                print(f"{title}: {done} of {total}", flush=True)
+                last = time.monotonic()
 
 
 class BadFiles:

@@ -8,10 +8,12 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from tqdm import tqdm
 
 from runtime.distributed import peak_memory
+from runtime.loading import QUIET_SECONDS
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
            "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
@@ -41,6 +43,7 @@ class Monitor:
         self.rank, self.device, self.skips = rank, device, skips
         # Time and steps are counted from the last evaluation on.
         self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, first_step
+        self.printed = time.monotonic()
         if rank == 0:
             self.file, self.writer = open_metrics(run_dir / "metrics.csv", tasks, first_step)
             self.log, self.close_log = open_logger(config.log, run_dir, first_step)
@@ -102,11 +105,17 @@ class Monitor:
         if step == self.first_step + 1:
             peak = peak_memory(self.device) / 1e9
             tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
-        if evaluation:
+        left = timedelta(seconds=round(
+            (self.config.steps - step) * elapsed / (step - self.evaluated)))
+        quiet = self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS
+        if evaluation or quiet:
+            shown |= {"left": left} if quiet else {}
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
-            if warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv")):
-                tqdm.write(warning, file=sys.stderr)
+            sys.stdout.flush()  # a log file would show it only much later
+            self.printed = time.monotonic()
+        if evaluation and (warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv"))):
+            tqdm.write(warning, file=sys.stderr)
         if evaluation or step == self.config.steps:
             draw_curves(self.run_dir)
 

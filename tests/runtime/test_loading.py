@@ -8,7 +8,8 @@ import torch
 
 from data import DataError, open_clips
 from masks import MultiBlockMask, sample_masks
-from runtime.loading import BadFiles, evenly, loader, num_workers
+from runtime import loading
+from runtime.loading import BadFiles, evenly, loader, num_workers, progress
 from tests.runs import ROOT, run
 from video.decode import Batch
 
@@ -83,6 +84,14 @@ def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
         report(bad_files, 9)
     with pytest.raises(DataError, match="1 unreadable"):
         report(BadFiles(8, max_bad=0), 0)
+
+
+def test_progress_is_a_line_from_time_to_time_without_a_terminal(monkeypatch, capsys):
+    assert list(progress([[1], [2, 3]], "reading", 3, len)) == [[1], [2, 3]]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(loading, "QUIET_SECONDS", -1)
+    assert list(progress([[1], [2, 3]], "reading", 3, len)) == [[1], [2, 3]]
+    assert capsys.readouterr().out == "reading: 1 of 3\nreading: 3 of 3\n"
 
 
 def test_minus_one_worker_means_a_share_of_the_cores(monkeypatch):

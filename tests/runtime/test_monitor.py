@@ -78,6 +78,14 @@ def make_monitor(folder, rank=0):
     return monitor.Monitor(folder, config, 0, [], rank, torch.device("cpu"), monitor.SkippedSteps())
 
 
+def test_without_a_terminal_a_line_says_from_time_to_time_how_far_it_is(tmp_path, monkeypatch,
+                                                                        capsys):
+    monkeypatch.setattr(monitor, "QUIET_SECONDS", -1)
+    train_here(tmp_path, monkeypatch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step  ")]
+    assert [int(line.split()[1]) for line in lines if "left 0:00:0" in line] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_skipped_steps_are_counted_until_there_are_ten_in_a_row(rank, tmp_path, capsys):
     log = make_monitor(tmp_path, rank)
