@@ -10,7 +10,8 @@ videomae2         the same                    half of the same                 L
 dino              crops of a frame            the teacher's prototypes         cross-entropy
 
 A method is a module with `forward(clips, masks) -> loss`, `update_target(momentum)`, called after
-every optimizer step, `encoder` and `predictor`, which are trained, and `probed_network`. Those with
+every optimizer step, `encoder` and `predictor`, which are trained, and `probed_network`, the name
+of the one that is evaluated; its constructor takes VJEPA's arguments. Those with
 `targets(clips)` and `loss_fn` get the metric relative_loss. A mask sampler has `num_context`,
 `num_targets` and `sample(sample_ids, seed)`. To add a method, enter it into METHODS.
 """
@@ -107,4 +108,8 @@ def build(config):
         sizes |= {"num_frames": 1, "tubelet_size": 1}
     torch.manual_seed(config.seed)
     model = method.model(**sizes, num_mask_sets=len(settings), init_std=config.init_std or None)
+    for name in ("encoder", "predictor", "update_target", "probed_network"):
+        if not hasattr(model, name):
+            raise ValueError(f"--method {config.method}: {method.model.__name__} has no {name}: see "
+                             "comparisons/methods.py")
     return model, [SAMPLERS[masking](model.encoder.grid, **values) for values in settings]

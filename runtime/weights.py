@@ -5,6 +5,7 @@
 
 import pickle
 import re
+import sys
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,9 @@ def damage(path):
 
 
 @lru_cache(maxsize=16)
-def _damage(path, *_):
+def _damage(path, size, _):
+    if size > 5e8:  # it takes seconds
+        print(f"reading {path} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
     try:
         with zipfile.ZipFile(path) as file:
             corrupt = file.testzip()
@@ -116,7 +119,10 @@ def encoder_sizes(checkpoint, which, path, **overrides):
     None. Raises CheckpointError."""
     state = state_dict(checkpoint, which, path, "blocks.0.mlp.fc1.weight")
     patch_embed = state.get("patch_embed.proj.weight", torch.empty(0))
-    if patch_embed.ndim != 5 or state.get("pos_embed", patch_embed).ndim != 3:
+    if patch_embed.ndim == 5 and "pos_embed" not in state:
+        raise CheckpointError(f"{path}: '{which}' has no position embedding: V-JEPA 2's models "
+                              "have rotary positions, which this code does not have")
+    if patch_embed.ndim != 5 or state["pos_embed"].ndim != 3:
         raise CheckpointError(f"{path}: '{which}' is not a tubelet ViT")
     D, C, t, p, _ = patch_embed.shape
     # Time, row and column have a third of the channels each: count the distinct rows of each third.

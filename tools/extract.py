@@ -1,6 +1,7 @@
-"""Write the frozen features of clips to a file, for use elsewhere.
+"""Write the frozen features of clips, or the encoder itself, to a file, for use elsewhere.
 
     python -m tools.extract features.npz --checkpoint vitl16.pth.tar --data videos/
+    python -m tools.extract encoder.pt --checkpoint runs/mine        for load_encoder("encoder.pt")
 
 The arrays: features (n, D) float32, averaged over a clip's tokens and views; paths (n,); split
 (n,), '' if the data have none; and, if there are labels, labels (n,), which index classes
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import DataError, open_clips
 from runtime.evaluation import SourceConfig, open_source
@@ -23,9 +25,9 @@ from runtime.weights import CheckpointError
 
 
 def check_output(file):
-    """Make the folder of an .npz file. Raises ValueError if it cannot be written there."""
-    if file.suffix != ".npz" or file.is_dir():
-        raise ValueError(f"{file}: the output must be a file whose name ends in .npz")
+    """Make a file's folder. Raises ValueError if it cannot be written there."""
+    if file.suffix not in (".npz", ".pt") or file.is_dir():
+        raise ValueError(f"{file}: the output must be a file whose name ends in .npz or .pt")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
@@ -61,12 +63,17 @@ def extract(file, encoder, data, clip, protocol, bad_files, **options):
 def main(arguments=None):
     """Extract what the command line asks for. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     usage="%(prog)s FILE.npz [--FLAG VALUE ...]",
+                                     usage="%(prog)s FILE [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE.npz", help="where to write the features")
+    parser.add_argument("file", type=Path, metavar="FILE", help=".npz: features; .pt: the encoder")
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
-    _, encoder, data, clip, protocol = open_source(config)
+    path, encoder, data, clip, protocol = open_source(config)
+    if given.file.suffix == ".pt":
+        network = getattr(encoder, "encoder", encoder)  # of single frames, if wrapped by on_clips
+        torch.save({"target_encoder": network.cpu().state_dict(), "num_heads": network.num_heads},
+                   given.file)
+        return print(f"the encoder of {path} written to {given.file}")
     bad_files = BadFiles(len(open_clips(data, **clip, train=False)), config.max_bad)
     count = extract(given.file, encoder, data, clip, protocol, bad_files,
                     clips_per_batch=config.batch_size, num_workers=num_workers(config.workers),

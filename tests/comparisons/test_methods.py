@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import train
 from comparisons import methods
 from comparisons.mae import unpatchify
 from masks import MultiBlockMask, sample_masks
-from model import gather_tokens, patchify
+from model import VisionTransformer, gather_tokens, patchify
 from runtime.weights import load_encoder
 from tests.runs import FAST, metrics, train_here
 
@@ -131,3 +132,15 @@ def test_the_grid_is_the_encoders(monkeypatch):
     _, samplers = methods.build(train.parse_args(FLAGS)[0])
     assert [type(sampler) for sampler in samplers] == [MultiBlockMask, MultiBlockMask]
     assert {sampler.grid for sampler in samplers} == {(4, 5, 5)}
+
+
+def test_a_method_that_lacks_a_part_is_one_clear_line(monkeypatch):
+    class Half(torch.nn.Module):
+        def __init__(self, **sizes):
+            super().__init__()
+            self.encoder = VisionTransformer(16, 4, 4, 2, 3, 24, 1, 2)
+
+    monkeypatch.setitem(methods.METHODS, "half", methods.Method(Half, "multi-block"))
+    config = dataclasses.replace(train.parse_args(FAST)[0], method="half")
+    with pytest.raises(ValueError, match="--method half: Half has no predictor: see comparisons/"):
+        train.build(config)

@@ -1,12 +1,7 @@
-import shutil
-from pathlib import Path
-
 import pytest
 
 from comparisons import report
 from comparisons.report import Table
-
-DOCS = Path(report.__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize("better, worse, word", [
@@ -40,12 +35,6 @@ def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
     assert runs["a"] == {"seed": [0, 1], "motion attentive 1": [0.5, 0.7]}
     assert report.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.141"
     assert report.cell(None) == "-"
-
-
-def test_the_page_in_docs_is_that_of_the_csv_files_in_docs(tmp_path):
-    shutil.copytree(DOCS / "ablations", tmp_path / "ablations")
-    report.write(tmp_path)
-    assert (tmp_path / "ablations.md").read_text() == (DOCS / "ablations.md").read_text()
 
 
 def test_a_table_shows_means_spreads_and_verdicts():

@@ -189,6 +189,10 @@ def test_a_wrong_byte_of_a_published_probe_is_found(tmp_path):
 def test_odd_networks_are_one_clear_line(tmp_path, published):
     encoder = published["target_encoder"]
     prefix = next(iter(encoder)).rsplit("backbone.", 1)[0] + "backbone."
+    rotary = {key: value for key, value in encoder.items() if "pos_embed" not in key}
+    path = save(published | {"target_encoder": rotary}, tmp_path / "v2.pt")
+    with pytest.raises(CheckpointError, match="V-JEPA 2's models have rotary positions"):
+        load_encoder(path)
     for change, says in (({"blocks.99999.norm1.bias": torch.zeros(3)}, "not numbered 0, 1"),
                          ({"pos_embed": torch.zeros(4)}, "not a sine-cosine|not a tubelet"),
                          ({"pos_embed": torch.zeros(1, 5, 7)}, "not a sine-cosine|not a tubelet")):

@@ -6,6 +6,7 @@ from PIL import Image
 from data import open_clips
 from model import VisionTransformer
 from runtime.loading import BadFiles
+from runtime.weights import load_encoder
 from tests.conftest import GOLDEN
 from tools import extract
 
@@ -51,6 +52,17 @@ def test_both_tasks_of_synthetic_clips_are_written(tmp_path, monkeypatch):
     assert sorted(found) == ["classes_appearance", "classes_motion", "features",
                              "labels_appearance", "labels_motion", "paths", "split"]
     assert len(found["labels_motion"]) == 7 and "left" in found["classes_motion"]
+
+
+def test_an_encoder_is_written_alone_and_read_back_without_overrides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    extract.main(["encoder.pt", *PUBLISHED])
+    encoder, original = load_encoder("encoder.pt"), load_encoder(PUBLISHED[1], num_heads=4)
+    clips = torch.randn(1, 3, 8, 32, 32)
+    assert torch.equal(encoder(clips), original(clips))
+    assert (tmp_path / "encoder.pt").stat().st_size < GOLDEN.joinpath(
+        "reference-vjepa.pth.tar").stat().st_size / 2
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
 
 
 @pytest.mark.parametrize("file, says", [
