@@ -110,6 +110,6 @@ def build(config):
     model = method.model(**sizes, num_mask_sets=len(settings), init_std=config.init_std or None)
     for name in ("encoder", "predictor", "update_target", "probed_network"):
         if not hasattr(model, name):
-            raise ValueError(f"--method {config.method}: {method.model.__name__} has no {name}: see "
-                             "comparisons/methods.py")
+            raise ValueError(f"--method {config.method}: {method.model.__name__} has no {name}: "
+                             "see comparisons/methods.py")
     return model, [SAMPLERS[masking](model.encoder.grid, **values) for values in settings]
