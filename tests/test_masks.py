@@ -89,6 +89,8 @@ def test_a_block_is_at_least_one_token_and_at_most_the_frame():
     small = MultiBlockMask((1, 2, 50), 1, 0.02, (0.01, 0.01), 0.2, 0.01)
     assert small.sample_blocks(np.random.default_rng(0)).sum() >= 1
     assert small.sample_blocks(np.random.default_rng(0)).any(1).sum() == 1
+    turned = MultiBlockMask((1, 50, 2), 1, 0.02, (100.0, 100.0), 0.2, 0.01)
+    assert turned.sample_blocks(np.random.default_rng(0)).any(0).sum() == 1
     tall = MultiBlockMask((1, 4, 40), 1, 0.5, (20.0, 20.0), 0.2, 0.01)
     assert tall.sample_blocks(np.random.default_rng(0)).all(0).sum() == 2  # 4 of 40 rows fit
 

@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def test_predictions_agree_with_the_release(reference, tensors, masks):
 
 def test_larger_clips_agree_with_the_release(reference, tensors):
     close(reference.encoder(tensors["bigger_clip"]), tensors["bigger_clip_features"])
+    everything = torch.arange(288)[None].flip(1)
+    close(reference.encoder(tensors["bigger_clip"], everything).flip(1),
+          tensors["bigger_clip_features"])
 
 
 def test_loss_and_gradients_agree_with_the_release(reference, tensors, masks):
@@ -91,6 +95,12 @@ def test_positions_tell_every_token_apart_on_any_grid():
         table = sincos_pos_embed(dim, grid)
         assert table.shape == (grid[0] * grid[1] * grid[2], dim)
         assert len(table.unique(dim=0)) == len(table)
+        # The first channels are those of time, then those of the row, then those of the column.
+        table, third = table.view(*grid, dim), -(-dim // 6) * 2
+        for axis, part in enumerate(table.split(third, dim=-1)):
+            for other in {0, 1, 2} - {axis}:
+                assert torch.equal(part, part.narrow(other, 0, 1).expand_as(part))
+            assert len(part.movedim(axis, 0).flatten(1).unique(dim=0)) == grid[axis]
 
 
 def test_gathered_tokens_are_those_at_each_clips_own_indices():
@@ -113,12 +123,19 @@ def test_patch_projection_is_the_convolution_it_stands_for():
     clips = torch.randn(2, 3, 8, 32, 32)
     convolved = encoder.patch_embed.proj(clips).flatten(2).transpose(1, 2)
     close(encoder.patch_embed(clips), convolved.detach(), 1e-5)
+    with mock.patch.object(F, "linear", wraps=F.linear) as linear:
+        indices = torch.tensor([[5, 0, 63], [7, 7, 1]])
+        close(encoder.patch_embed(clips, indices), gather_tokens(convolved, indices).detach(), 1e-5)
+    assert linear.call_args.args[0].shape[:2] == (2, 3)  # only visible tubelets are projected
 
 
 def test_context_features_do_not_see_masked_pixels():
     encoder = VisionTransformer(32, 8, 8, 2, embed_dim=48, depth=2, num_heads=4)
     clips = torch.randn(1, 3, 8, 32, 32)
     before = encoder(clips, torch.tensor([[0, 5]]))
+    with mock.patch.object(F, "linear", wraps=F.linear) as linear:
+        encoder(clips, torch.tensor([[0, 5]]))
+    assert all(call.args[0].shape[1] == 2 for call in linear.call_args_list)  # no other tokens
     clips[:, :, 6:] += 1  # the last time step: tokens 48 to 63
     assert torch.equal(encoder(clips, torch.tensor([[0, 5]])), before)
     assert not torch.equal(encoder(clips, torch.tensor([[0, 60]])), before)
@@ -157,6 +174,10 @@ def test_loss_is_the_mean_over_mask_sets_of_l1_to_normed_targets():
     errors = [(model.predictor(model.encoder(clips, c), c, t, i) - targets[:, t[0]]).abs().mean()
               for i, (c, t) in enumerate(masks)]
     assert model(clips, masks).item() == pytest.approx(sum(errors).item() / 2, abs=1e-4)
+    model.loss_fn = lambda prediction, target: (prediction - target).max()  # whoever changes it
+    largest = [(model.predictor(model.encoder(clips, c), c, t, i) - targets[:, t[0]]).max()
+               for i, (c, t) in enumerate(masks)]
+    assert model(clips, masks).item() == pytest.approx(sum(largest).item() / 2, abs=1e-4)
 
 
 def test_fan_in_init_keeps_content_as_large_as_positions_in_a_narrow_model():

@@ -82,6 +82,10 @@ def test_the_linear_probe_is_where_loss_and_decay_balance():
     weights = weights - weights.mean(1, keepdim=True)
     slope = features.T @ (predict(features) - nn.functional.one_hot(labels, 3)) / 60
     torch.testing.assert_close(slope + 2 * decay * weights, torch.zeros(4, 3), atol=1e-3, rtol=0)
+    # A bias that does not decay: the mean prediction is the share of each class.
+    labels = torch.arange(60) % 10 % 3 // 2  # 30 % of them are 1
+    mean = probe.fit_linear(features, labels, decay, 2)(features).mean(0)
+    torch.testing.assert_close(mean, labels.bincount() / 60, atol=1e-3, rtol=0)
 
 
 def test_the_linear_probe_learns_separable_classes_and_keeps_leading_axes():

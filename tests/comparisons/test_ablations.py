@@ -75,6 +75,8 @@ def test_the_learning_rate_with_the_best_validation_accuracy_is_chosen():
     trials = [{"run": "vjepa", "lr": lr, "motion attentive 1": score, "motion knn 1": 1 - score}
               for lr, score in ((1e-3, 0.5), (2e-3, 0.7), (3e-3, 0.6))]
     assert ablations.choose_rates(trials) == {"vjepa": 2e-3}
+    trials = [{"run": "vjepa", "lr": lr, "motion attentive 1": 0.5} for lr in (2e-3, 1e-3, 4e-3)]
+    assert ablations.choose_rates(trials) == {"vjepa": 2e-3}  # the first, if several are equal
 
 
 def test_each_run_has_a_learning_rate_of_its_own_trials():

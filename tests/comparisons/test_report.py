@@ -8,7 +8,11 @@ from comparisons.report import Table
     ([0.80, 0.81, 0.82], [0.70, 0.71, 0.72], "agree"),
     ([0.70, 0.71, 0.72], [0.80, 0.81, 0.82], "disagree"),
     ([0.70, 0.80, 0.90], [0.69, 0.79, 0.88], "within noise"),
-    ([0.80], [0.70], "one seed"),
+    ([0.80], [0.70], "one seed"), ([0.80], [0.70, 0.72], "one seed"),
+    ([0.80, 0.82], [0.70], "one seed"),
+    # Each side has its own number of seeds: sqrt(0.00125 / 5) * 2.78 = 0.044.
+    ([0.51, 0.51], [0.40, 0.45, 0.50, 0.45, 0.45], "agree"),
+    ([0.49, 0.49], [0.40, 0.45, 0.50, 0.45, 0.45], "within noise"),
     ([0.80, 0.81, 0.82], [0.77, 0.78, 0.79], "agree"),  # 2.78 standard errors are 0.0227
     ([0.80, 0.81, 0.82], [0.78, 0.79, 0.80], "within noise"),
     # All variance on one side leaves 2 degrees of freedom: 4.30 standard errors are 0.0993.

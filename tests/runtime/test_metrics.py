@@ -12,6 +12,11 @@ def test_rank_is_that_of_the_features():
     assert metrics.rankme(torch.randn(4000, 16)) == pytest.approx(16, abs=0.2)
     assert metrics.rankme(torch.randn(4000, 3) @ torch.randn(3, 16)) < 3.1
     assert metrics.rankme(torch.ones(10, 4)) == pytest.approx(1)
+    # Singular values 3 and 1, whatever is added to all features.
+    axes = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    for shift in (0.0, 5.0):
+        assert metrics.rankme(axes + shift) == pytest.approx(expected, abs=1e-4)
 
 
 def test_rank_of_features_that_are_not_finite_is_nan():
@@ -48,6 +53,14 @@ def test_nearest_neighbours_vote_and_leave_themselves_out():
     assert metrics.knn_predict(points, labels, torch.tensor([[2.0, 0.1]]), k=2).tolist() == [0]
     alone = torch.tensor([0, 1, 1, 1])  # the first point's own label would be right
     assert metrics.knn_predict(points, alone, points, k=1)[0] == 1
+    # Other clips of the same number have no clip of their own among the neighbours.
+    assert metrics.knn_predict(points, alone, points.clone(), k=1)[0] == 0
+    # All others may be farther than at a right angle, and still one of them is the nearest.
+    apart = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [-1.0, -0.1]])
+    assert metrics.knn_votes(apart, torch.tensor([0, 1, 1]), apart, k=1)[0].argmax() == 1
+    # A class may have no clip among those that vote.
+    votes = metrics.knn_votes(points, torch.tensor([0, 0, 3, 3]), points.clone(), k=1)
+    assert votes.shape == (4, 4) and votes.argmax(1).tolist() == [0, 0, 3, 3]
 
 
 def test_a_neighbours_vote_weighs_exp_of_its_cosine_over_0_07():
