@@ -225,6 +225,8 @@ def main(arguments=None):
     add("--workers", type=int, default=-1, help="processes that read clips; -1: one per core")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
+    if args.workers < -1:
+        parser.error(f"--workers {args.workers} must be at least -1")
 
     path, encoder, data, clip = open_encoder(args.checkpoint, args.data, args.device)
     config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device

@@ -83,3 +83,10 @@ def test_a_method_without_predicted_features_is_an_error(tmp_path, monkeypatch):
     train_here(tmp_path, monkeypatch, "--method", "mae", "--steps", "1")
     with pytest.raises(ValueError, match="only runs of --method vjepa"):
         predictor.main([])
+
+
+@pytest.mark.parametrize("flags", [["--workers", "-2"], ["--clips", "3"]])
+def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        predictor.main(flags)
+    assert flags[0] in capsys.readouterr().err
