@@ -179,7 +179,7 @@ def _read(file):
             return torch.from_numpy(array)[:len(content["sample_ids"])], content
         reason = "its note describes other features"
     except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
     print(f"{file}: stored features are damaged ({reason}); computed again", file=sys.stderr)
     return None
 

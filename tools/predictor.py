@@ -27,7 +27,9 @@ from masks import sample_masks
 from model import gather_tokens
 from probe import fit_linear
 from runtime.distributed import to_device
-from runtime.features import open_encoder, open_splits
+from runtime.evaluation import SourceConfig, open_source
+from runtime.features import open_splits
+from runtime.flags import parse
 from runtime.loading import BadFiles, loader, num_workers
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from tools.visualize import tokens_to_pixels
@@ -46,11 +48,12 @@ def random_tokens(low, high, count, rows, generator):
     return low + order[:, :count]
 
 
-def read_clips(dataset, sample_ids, samplers, device, workers):
-    """Yield (clips (B, C, T, H, W), masks of each mask set, labels {task: (B,)}) of 50 clips."""
-    bad_files = BadFiles(len(sample_ids))
-    parts = [list(sample_ids[i:i + 50]) for i in range(0, len(sample_ids), 50)]
-    for batch in loader(dataset, parts, num_workers(workers),
+def read_clips(dataset, sample_ids, samplers, device, source):
+    """Yield (clips (B, C, T, H, W), masks of each mask set, labels {task: (B,)}), batch by batch;
+    source: a SourceConfig."""
+    bad_files, size = BadFiles(len(sample_ids), source.max_bad), source.batch_size
+    parts = [list(sample_ids[i:i + size]) for i in range(0, len(sample_ids), size)]
+    for batch in loader(dataset, parts, num_workers(source.workers),
                         sample_masks=partial(sample_masks, samplers, seed=0)):
         bad_files.report(batch)
         clips, masks = to_device(batch, device)
@@ -132,7 +135,8 @@ def draw_readouts(model, sampler, dataset, sample_ids, readouts, file):
     quiet = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
     clips, labels = dataset.batch(sample_ids).clips, dataset.labels(sample_ids)
     context, target = sampler.sample(sample_ids, seed=0)
-    predictions, targets = predict(model, clips, context, target, 0)
+    device = next(model.parameters()).device
+    predictions, targets = predict(model, *(x.to(device) for x in (clips, context, target)), 0)
     grid, (frames, patch, _) = model.encoder.grid, model.encoder.tubelet
     size, steps = grid[1] * grid[2], grid[0]
     visible = torch.zeros(len(clips), steps * size, 1).scatter(1, context[..., None], 1.0)
@@ -217,28 +221,20 @@ def main(arguments=None):
     """Measure what the command line asks for -> results. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", help="a run's folder or a checkpoint file (default: the latest run)")
-    add("--data", nargs="+", help="labelled clips (default: the run's own)")
-    add("--split", default="test", help="split to test on")
-    add("--out", help="folder for the results (default: beside the checkpoint)")
-    add("--workers", type=int, default=-1, help="processes that read clips; -1: one per core")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args(arguments)
-    if args.workers < -1:
-        parser.error(f"--workers {args.workers} must be at least -1")
+    source, _ = parse(parser, SourceConfig, arguments,
+                      skip=("protocol", "segments", "views", "num_heads", "cache"))
 
-    path, encoder, data, clip = open_encoder(args.checkpoint, args.data, args.device)
+    path, encoder, data, clip, _ = open_source(source)
     config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device
     if config.get("method") != "vjepa":
         raise ValueError(f"{path}: only runs of --method vjepa have a predictor of features")
     model, (_, samplers) = load_vjepa(path).eval().to(device), train.build(train.Config(**config))
-    train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, args.split, clip)
-    folder = Path(args.out or (path if path.is_dir() else path.parent))
+    train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, source.split, clip)
+    folder = Path(source.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
 
     train_clips, test_clips = (
-        read_clips(dataset, sample_ids, samplers, device, args.workers)
+        read_clips(dataset, sample_ids, samplers, device, source)
         for dataset, sample_ids in ((train_set, train_ids), (test_set, test_ids)))
     readouts = fit_readouts(model, train_clips, test_set.class_names)
     results = {"readouts": read_accuracy(model, test_clips, readouts)}
