@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import runtime  # noqa: F401 (before torch)
 import torch
 import torch.nn.functional as F
 from torch import nn

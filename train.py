@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtime  # noqa: F401 (before torch)
 import torch
 from torch.nn.utils import clip_grad_norm_
 

@@ -75,17 +75,27 @@ def _sync(path):
     os.close(descriptor)
 
 
-def save(run_dir, step, config, model, optimizer, scaler, skips):
-    """Write checkpoint-STEP.pt on the first process and keep the one before. It gets its name when
-    it is complete: a crash leaves all or nothing. Raises CheckpointError, e.g. on a full disk."""
-    if int(os.environ.get("RANK", 0)):
-        return
+def state_of(step, config, model, optimizer, scaler, skips):
+    """What a checkpoint of `step` steps holds, copied to main memory, so that training can go on
+    while it is written."""
     state = {name: network.state_dict() for name, network in model.named_children()}
     state |= {"opt": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
               "skipped": skips.total, "consecutive_skips": skips.consecutive,
               "num_heads": config.num_heads, "probed_network": model.probed_network,
               "config": asdict(config), "code": CODE_VERSION}
-    path = run_dir / f"checkpoint-{step:07d}.pt"
+    return _copy(state)
+
+
+def _copy(state):
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+
+
+def save(run_dir, state):
+    """Write checkpoint-STEP.pt with what state_of returned, and keep the one before. It gets its
+    name when it is complete: a crash leaves all or nothing. Raises CheckpointError."""
+    path = run_dir / f"checkpoint-{state['step']:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
         _sync(run_dir / "metrics.csv")  # a power cut must not leave it older than the checkpoint
@@ -105,31 +115,40 @@ def save(run_dir, step, config, model, optimizer, scaler, skips):
         file.unlink()
 
 
-def latest(run_dir, config, may_change, quiet=False):
-    """The dict of a run's latest readable checkpoint, or None if there is no checkpoint yet.
-    may_change: fields of config that may differ; quiet: print no notes. Raises CheckpointError if
-    none is readable or if it contains code, ValueError if the run has another configuration."""
+def _latest_readable(run_dir):
+    """Path of the last checkpoint with correct checksums, or None, and an error message, or None:
+    if there are checkpoints and none is readable."""
     paths = sorted(run_dir.glob("checkpoint-*.pt"))
     while paths and (reason := damage(paths[-1])):
         path = paths.pop()
         if not paths:
-            raise CheckpointError(f"{path}: not readable ({reason}), and there is no other: "
-                                  "--restart starts over")
-        if not quiet:
-            print(f"{path}: not readable ({reason}); continuing from {paths[-1].name}",
-                  file=sys.stderr)
-    if len(names := set(all_gather(paths[-1].name if paths else None))) > 1:
-        raise CheckpointError(f"{run_dir}: all machines must share it, but they see {names}")
-    if not paths:
+            return None, (f"{path}: not readable ({reason}), and there is no other: --restart "
+                          "starts over")
+        print(f"{path}: not readable ({reason}); continuing from {paths[-1].name}",
+              file=sys.stderr)
+    return paths[-1] if paths else None, None
+
+
+def latest(run_dir, config, may_change, first=True):
+    """The dict of a run's latest readable checkpoint, or None if there is no checkpoint yet.
+    may_change: fields of config that may differ; first: whether this is the first process, which
+    looks for it and prints notes. Raises CheckpointError if none is readable or if it contains
+    code, ValueError if the run has another configuration."""
+    path, error = all_gather(_latest_readable(run_dir) if first else None)[0]
+    if not error and not all(all_gather(path is None or path.exists())):
+        error = f"{run_dir}: all machines must share it, but not all have {path.name}"
+    if error:
+        raise CheckpointError(error)
+    if not path:
         return None
-    saved = load_checkpoint(paths[-1])
+    saved = load_checkpoint(path, verify=first)
     if missing := set(NEEDED) - saved.keys():
-        raise CheckpointError(f"{paths[-1]}: has no {', '.join(sorted(missing))}: a run cannot "
-                              "continue from it")
+        raise CheckpointError(f"{path}: has no {', '.join(sorted(missing))}: a run cannot continue "
+                              "from it")
     # A field that was added to the code since then had its default.
     new, old = asdict(config), asdict(type(config)()) | saved.get("config", {})
     if new["steps"] > old["steps"]:
-        if not quiet:
+        if first:
             print(f"note: {run_dir} was made for {old['steps']} steps and goes on to "
                   f"{new['steps']}, where its schedules end now", file=sys.stderr)
         may_change = {*may_change, "steps"}
@@ -138,8 +157,8 @@ def latest(run_dir, config, may_change, quiet=False):
     if differing:
         raise ValueError(f"{run_dir} was made with {'; '.join(differing)}: pass another --name, "
                          "or --restart to start over")
-    if saved.get("code") != CODE_VERSION and not quiet:
-        print(f"note: {paths[-1].name} was written by another version of the code", file=sys.stderr)
+    if saved.get("code") != CODE_VERSION and first:
+        print(f"note: {path.name} was written by another version of the code", file=sys.stderr)
     return saved
 
 

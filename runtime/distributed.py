@@ -112,12 +112,12 @@ def to_device(batch, device):
 
 def mean_and_any(values, flags, device):
     """Means of values and "or" of flags over all processes, in one all_reduce: two lists."""
-    sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device)
-                        for x in (*values, *flags)])
+    sums = torch.cat([torch.stack([x.float() for x in values]),
+                      torch.tensor(flags, dtype=torch.float32, device=device)])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    means = sums[:len(values)] / (dist.get_world_size() if dist.is_initialized() else 1)
-    return means.tolist(), (sums[len(values):] > 0).tolist()
+    sums, world_size = sums.tolist(), dist.get_world_size() if dist.is_initialized() else 1
+    return [x / world_size for x in sums[:len(values)]], [x > 0 for x in sums[len(values):]]
 
 
 def all_gather(obj):

@@ -2,13 +2,14 @@
 
 import atexit
 import os
+import shutil
 import signal
 import sys
 import time
 import weakref
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from video.decode import DataError
@@ -69,6 +70,19 @@ def num_workers(wanted):
     return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
 
 
+def check_shared_memory(size):
+    """In a worker process: raise DataError if not every worker can pass on another `size` bytes.
+    Otherwise torch would lose the clips and wait for them forever."""
+    worker, folder = get_worker_info(), "/dev/shm"
+    if worker and os.path.isdir(folder):
+        needed, free = worker.num_workers * size, shutil.disk_usage(folder).free
+        if needed > free:
+            raise DataError(
+                f"{folder}: {worker.num_workers} workers need {needed / 1e9:.2g} GB for a batch of "
+                f"clips each, and {free / 1e9:.2g} GB are left: pass fewer --workers or a smaller "
+                "batch, or give the container more (docker run --shm-size 8g)")
+
+
 class BatchMaker:
     """For a DataLoader: a list of sample ids -> Batch, with masks."""
 
@@ -77,6 +91,7 @@ class BatchMaker:
 
     def __getitem__(self, sample_ids):
         batch = self.dataset.batch(sample_ids)
+        check_shared_memory(batch.clips.nbytes)
         if self.sample_masks and len(batch.sample_ids):
             batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
         return batch

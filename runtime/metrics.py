@@ -1,6 +1,7 @@
 """What features are worth, without training anything: spread, rank and k-NN accuracy."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,27 @@ def knn_predict(train, labels, test, k=10):
     return knn_votes(train, labels, test, k).argmax(1)
 
 
+@contextmanager
+def computed_once(network):
+    """Within this block, an encoder computes the features of a whole clip once, not every time that
+    it gets the same tensor."""
+    forward, clips, features = network.forward, None, None
+
+    def remember(x, indices=None):
+        nonlocal clips, features
+        if indices is not None:
+            return forward(x, indices)
+        if x is not clips:
+            clips, features = x, forward(x)
+        return features
+
+    network.forward = remember
+    try:
+        yield
+    finally:
+        network.forward = forward
+
+
 @torch.no_grad()
 def feature_metrics(model, batches):
     """Is a model learning or collapsing? {name: float} of (clips, masks, labels {task: (B,)}), ...
@@ -54,12 +76,14 @@ def feature_metrics(model, batches):
     positions (1: content is not used).
     """
     features, targets, losses, labels = [], [], [], {}
+    network = getattr(model, model.probed_network)
     for clips, masks, batch_labels in batches:
-        tokens = getattr(model, model.probed_network)(clips).float()
+        with computed_once(network):
+            tokens = network(clips).float()
+            if hasattr(model, "targets"):
+                targets.append(model.targets(clips).float())
+                losses.append(model(clips, masks).float())
         features.append(F.layer_norm(tokens, tokens.shape[-1:]))
-        if hasattr(model, "targets"):
-            targets.append(model.targets(clips).float())
-            losses.append(model(clips, masks).float())
         for task, values in batch_labels.items():
             labels.setdefault(task, []).append(values.to(clips.device))
     features = torch.cat(features)  # (n, N, D)

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -80,7 +81,7 @@ class Run:
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
             self.lock = checkpoint.prepare_run_dir(run_dir, restart and not restarted)
         distributed.all_gather(None)  # waits for the first process
-        saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, quiet=rank > 0)
+        saved = checkpoint.latest(run_dir, config, MAY_CHANGE_ON_RESUME, rank == 0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         skips, first_step = monitor.SkippedSteps(), 0
         if saved:
@@ -110,6 +111,7 @@ class Run:
             self._describe(first_step, samplers, [
                 precision, *["compiled"] * compiled,
                 *["activations checkpointed"] * config.checkpoint_activations])
+        self.writer, self.saved = ThreadPoolExecutor(1), lambda: None
         self.log = monitor.Monitor(run_dir, config, first_step, self.eval_set.class_names, rank,
                                    device, skips)
 
@@ -168,12 +170,17 @@ class Run:
                 for batch in batches if len(batch.sample_ids)))
 
     def save(self, step):
-        """Write the checkpoint of `step` steps."""
-        checkpoint.save(self.dir, step, self.config, self.model, self.optimizer, self.scaler,
-                        self.log.skips)
+        """Write the checkpoint of `step` steps, in the background. Raises CheckpointError if the
+        one before could not be written."""
+        self.saved()
+        if self.rank == 0:
+            state = checkpoint.state_of(step, self.config, self.model, self.optimizer, self.scaler,
+                                        self.log.skips)
+            self.saved = self.writer.submit(checkpoint.save, self.dir, state).result
 
     def finish(self, step, stop):
         """Close everything and say how to go on; after a signal, exit with 128 + its number."""
+        self.saved()
         self.batches.close()
         self.log.close()
         if self.rank == 0:

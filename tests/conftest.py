@@ -1,6 +1,7 @@
 from fractions import Fraction
 from pathlib import Path
 
+import runtime  # noqa: F401 (before torch)
 import av
 import numpy as np
 import pytest

@@ -1,0 +1,1 @@
+import runtime  # noqa: F401 (before torch)

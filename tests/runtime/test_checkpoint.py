@@ -134,11 +134,31 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_partial_file(copy, mo
     resume()
 
 
+def test_training_goes_on_while_a_checkpoint_of_what_it_was_before_is_written(
+        finished, tmp_path, monkeypatch):
+    write, later = torch.save, []
+
+    def slow(state, file):
+        while not later and len(metrics(tmp_path, "run")) < 6:
+            time.sleep(0.01)
+        later.append(state["step"])
+        write(state, file)
+
+    monkeypatch.setattr(torch, "save", slow)
+    train_here(tmp_path, monkeypatch, "--save-every", "4")
+    assert later == [4, 6]
+    for step in later:
+        states = [torch.load(folder / f"runs/run/checkpoint-{step:07d}.pt")
+                  for folder in (tmp_path, finished)]
+        assert all(state.pop("config") for state in states)  # another --save-every
+        assert same(*states)
+
+
 def test_a_file_that_is_too_large_is_one_clear_line(tmp_path):
     script = tmp_path / "limited.py"
     script.write_text("import resource, runpy, signal, sys\n"
                       "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                      "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))\n"
+                      "resource.setrlimit(resource.RLIMIT_FSIZE, (180_000, 180_000))\n"
                       f"sys.path.insert(0, {str(ROOT)!r})\n"
                       f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     result = run(tmp_path, "--name", "run", script=script)
@@ -287,7 +307,8 @@ def test_two_checkpoints_are_kept_and_none_from_the_future(copy):
     (folder / "checkpoint-0000006.pt").write_bytes(b"damaged")
     config, *_ = train.parse_args(FAST)
     network = train.build(config)[0]
-    checkpoint.save(folder, 5, config, network, train.build_optimizer(network, config),
-                    torch.amp.GradScaler("cpu", enabled=False), SkippedSteps())
+    checkpoint.save(folder, checkpoint.state_of(
+        5, config, network, train.build_optimizer(network, config),
+        torch.amp.GradScaler("cpu", enabled=False), SkippedSteps()))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-0000004.pt", "checkpoint-0000005.pt"]

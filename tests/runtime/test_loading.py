@@ -2,6 +2,7 @@ import os
 import pickle
 from functools import partial
 from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
         report(bad_files, 9)
     with pytest.raises(DataError, match="1 unreadable"):
         report(BadFiles(8, max_bad=0), 0)
+
+
+def test_too_little_shared_memory_is_an_error_and_not_a_hang(monkeypatch):
+    dataset = SimpleNamespace(batch=lambda ids: Batch(torch.ones(len(ids), 10_000), ids, []))
+    batch_maker = loading.BatchMaker(dataset, None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e5))
+    monkeypatch.setattr(loading.os.path, "isdir", lambda path: True)
+    batch_maker[[0, 1]]  # in the main process
+    monkeypatch.setattr(loading, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    batch_maker[[0]]  # 40 kB
+    with pytest.raises(DataError, match="2 workers need .* fewer --workers"):
+        batch_maker[[0, 1]]
 
 
 def test_progress_is_a_line_from_time_to_time_without_a_terminal(monkeypatch, capsys):
