@@ -12,6 +12,7 @@ decoding files is in video/, reading ahead in worker processes in runtime/loadin
 
 import os
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 from torch.utils.data import Dataset
 
 from video.decode import (Batch, DataError, frame_files, normalize, random_resized_crop, read_clip,
-                          resize_short_side)
-from video.listing import find_entries, number_labels
+                          resize_short_side, to_tensor)
+from video.listing import Texts, find_entries, number_labels
 from video.synthetic import Synthetic
 
 
@@ -66,12 +67,12 @@ class VideoClips(Dataset):
                             f"{', '.join(sorted(self.splits))}")
         entries, sources = zip(*(found[i] for i in selected), strict=True)
         self.class_labels = torch.tensor(labels)[selected]  # -1: no label
-        unlabelled = [entry.where or entry.path for entry in entries if entry.label is None]
+        unlabelled = [entry.where() for entry in entries if entry.label is None]
         if unlabelled and need_labels:
             raise DataError(f"{unlabelled[0]}: no label, but labels are needed here")
         self.classes = [] if unlabelled else self.classes
         self.class_names = {"class": self.classes} if self.classes else {}  # {task: names}
-        self.paths = [entry.path for entry in entries]
+        self.paths = Texts([entry.path for entry in entries])
         groups = [entry.group for entry in entries]
         self.groups = None if None in groups else groups
         self.members = [np.flatnonzero(np.equal(sources, k)) for k in range(len(paths))]
@@ -85,7 +86,7 @@ class VideoClips(Dataset):
     def check_readable(self):
         """Fail now, not in the middle of a run, if the first files cannot be read."""
         reasons = []
-        for path in self.paths[:10]:
+        for path in islice(self.paths, 10):
             try:
                 return read_clip(path, 1, 1, fps=self.request["fps"])
             except DataError as error:
@@ -96,11 +97,12 @@ class VideoClips(Dataset):
         return len(self.paths)
 
     def __getitem__(self, sample_id):
-        """One clip, (3, T, H, W) float32; (V, S, 3, T, H, W) with several segments or views.
+        """One normalized clip, (3, T, H, W) float32; (V, S, 3, T, H, W) with segments or views.
 
         Raises DataError if the file cannot be read; in training, another one replaces it.
         """
-        return self.random_clip(sample_id, []) if self.train else self.centre_clip(sample_id)
+        return normalize(self.random_clip(sample_id, []) if self.train
+                         else self.centre_clip(sample_id))
 
     def batch(self, sample_ids):
         """Batch of a list of sample ids; in evaluation, unreadable files are left out of it."""
@@ -115,11 +117,11 @@ class VideoClips(Dataset):
                     raise
                 bad.append(str(error))
         shape = 0, 3, self.request["num_frames"], self.img_size, self.img_size
-        return Batch(torch.stack(clips) if clips else torch.zeros(shape),
+        return Batch(torch.stack(clips) if clips else torch.zeros(shape, dtype=torch.uint8),
                      torch.tensor(kept, dtype=torch.int64), bad)
 
     def random_clip(self, sample_id, bad):
-        """A training clip. The reasons why files were unreadable are appended to `bad`."""
+        """A training clip, uint8. The reasons why files were unreadable are appended to `bad`."""
         for attempt in range(20):
             rng = np.random.default_rng((1, self.seed, sample_id, attempt))
             if self.weights is not None:
@@ -133,18 +135,18 @@ class VideoClips(Dataset):
             try:
                 clip = read_clip(self.paths[index], position=position, **self.request,
                                  crop=partial(random_resized_crop, rng, self.img_size))
-                return normalize(clip[:, :, ::-1] if flip else clip)  # (3, T, H, W)
+                return to_tensor(clip[:, :, ::-1] if flip else clip)  # (3, T, H, W)
             except DataError as error:
                 bad.append(str(error))
         raise DataError(f"sample {sample_id}: 20 files drawn, none can be read; {bad[-1]}")
 
     def centre_clip(self, sample_id):
-        """An evaluation clip: the middle of the file, or `segments` clips x `views` crops."""
+        """An evaluation clip, uint8: the middle of the file, or `segments` x `views` crops."""
         size, side = self.img_size, round(self.img_size * 256 / 224)
         read = partial(read_clip, self.paths[sample_id], **self.request,
                        crop=partial(resize_short_side, side))
         segments, views = map(spread, self.protocol)
-        clips = torch.stack([normalize(read(position=p)) for p in segments])  # (S, 3, T, H, W)
+        clips = torch.stack([to_tensor(read(position=p)) for p in segments])  # (S, 3, T, H, W)
         height, width = clips.shape[-2:]
         crops = []
         for place in views:

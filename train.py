@@ -87,6 +87,7 @@ class Config:
     precision: str = flag("auto", "auto: bf16 or fp16 on CUDA", ("auto", *distributed.DTYPES))
     compile: str = flag("auto", "compile the blocks; auto: on CUDA", ("auto", "on", "off"))
     checkpoint_activations: bool = flag(False, "recompute activations in backward, to save memory")
+    compress_gradients: bool = flag(False, "processes exchange gradients in bf16")
     log: str = flag("", "where to log beside metrics.csv", ("", "tensorboard", "wandb"))
 
 

@@ -8,10 +8,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
+from video.decode import normalize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +31,7 @@ def setup_device(name):
     """--device -> (rank, world_size, device) of this process. Raises ValueError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(name)
+    torch.set_float32_matmul_precision("high")  # on CUDA: TensorFloat-32 for what stays in fp32
     if device.type == "cuda" and world_size > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
@@ -94,19 +97,24 @@ def checkpoint_activations(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def wrap_ddp(model, world_size):
-    """The module to call for the loss: `model` itself, or DDP, which averages its gradients."""
+def wrap_ddp(model, world_size, compress=False):
+    """The module to call for the loss: `model` itself, or DDP, which averages its gradients;
+    compress: in bf16, half of the traffic."""
     if world_size == 1:
         return model
     # Buffers are equal on all processes anyway. Newer versions of torch renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
+    if compress:
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp
 
 
 def to_device(batch, device):
-    """Move a data.Batch -> clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...]."""
-    return batch.clips.to(device, non_blocking=True), [
+    """A data.Batch -> normalized clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...].
+    """
+    return normalize(batch.clips.to(device, non_blocking=True)), [
         tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
 
 

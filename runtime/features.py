@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Batch, DataError, open_clips
+from data import Batch, DataError, normalize, open_clips
 from runtime.loading import loader, progress
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.checkpoint import CODE_VERSION
@@ -122,7 +122,7 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
     loaded = loader(dataset, batches, num_workers)
     for batch in progress(loaded, title, len(sample_ids), lambda batch: len(batch.sample_ids)):
         bad_files.report(batch)
-        clips = batch.clips.to(device)
+        clips = normalize(batch.clips.to(device))
         clips = clips[:, None, None] if clips.ndim == 5 else clips  # (B, V, S, C, T, H, W)
         parts = clips.flatten(0, 2).split(clips_per_batch)
         with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):

@@ -1,5 +1,6 @@
 """What surrounds the training loop: data, micro-batches, the last checkpoint, the log, the end."""
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from runtime.weights import init_networks, load_networks
 
 # What may differ when a run is resumed, because the result does not depend on it.
 MAY_CHANGE_ON_RESUME = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
-                        "checkpoint_activations", "log"}
+                        "checkpoint_activations", "compress_gradients", "log"}
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -36,11 +37,12 @@ def sample_ids(step, i, batch_size, rank, world_size, micro_batch):
 
 def open_datasets(config, num_frames):
     """Clips to train on and clips to evaluate on; num_frames: as many as the encoder takes."""
-    clip = {"num_frames": num_frames, "frame_step": config.frame_step, "fps": config.fps,
-            "img_size": config.img_size, "noise": config.noise, "seed": config.seed,
-            "split": "train"}
-    return (open_clips(config.data, **clip, weights=config.data_weights or None),
-            open_clips(config.data, **clip, train=False))
+    train_set = open_clips(config.data, num_frames, config.frame_step, config.img_size, config.seed,
+                           split="train", noise=config.noise, fps=config.fps,
+                           weights=config.data_weights or None)
+    eval_set = copy.copy(train_set)  # the same files: a list of millions is read once
+    eval_set.train = False
+    return train_set, eval_set
 
 
 def catch_signals():
@@ -94,7 +96,8 @@ class Run:
             distributed.compile_blocks(model, len(samplers))
         if config.checkpoint_activations:
             distributed.checkpoint_activations(model)
-        self.compute_loss = distributed.wrap_ddp(model, world_size)
+        self.compute_loss = distributed.wrap_ddp(model, world_size,
+                                                 config.compress_gradients)
         self.autocast = torch.autocast(device.type, distributed.DTYPES[precision],
                                        precision != "fp32")
 

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 import data
 from data import DataError, open_clips
 from tests.conftest import frame_indices, write_video
-from video.decode import IMAGENET_MEAN, IMAGENET_STD
+from video.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
 from video.synthetic import Synthetic
 
 
@@ -22,7 +22,7 @@ def test_a_plain_dataloader_stacks_clips(videos, train):
         clips = next(iter(DataLoader(dataset, batch_size=2)))
         assert clips.shape == (2, 3, 4, 32, 32) and clips.dtype == torch.float32
         assert torch.equal(clips[1], dataset[1])
-        assert torch.equal(clips, dataset.batch([0, 1]).clips)
+        assert torch.equal(clips, normalize(dataset.batch([0, 1]).clips))
 
 
 def test_an_unreadable_file_is_replaced_in_training_and_left_out_in_evaluation(videos):
@@ -30,7 +30,7 @@ def test_an_unreadable_file_is_replaced_in_training_and_left_out_in_evaluation(v
     training = dataset.batch(range(12))
     assert training.clips.shape == (12, 3, 4, 32, 32)
     assert training.sample_ids.tolist() == list(range(12))
-    assert all(torch.equal(dataset[i], training.clips[i]) for i in range(12))
+    assert all(torch.equal(dataset[i], normalize(training.clips)[i]) for i in range(12))
     dataset = open_small(videos, train=False)
     evaluation = dataset.batch([8, 9, 10])
     assert evaluation.clips.shape == (2, 3, 4, 32, 32) and evaluation.sample_ids.tolist() == [8, 10]
@@ -60,7 +60,8 @@ def test_training_clips_depend_on_seed_and_sample_id_alone(videos):
     dataset = open_small(videos, seed=5)
     clips = dataset.batch(range(7, 31)).clips
     assert torch.equal(torch.cat([dataset.batch([i, i + 1]).clips for i in range(7, 31, 2)]), clips)
-    assert not torch.equal(open_small(videos, seed=6)[7], clips[0])
+    assert torch.equal(dataset[7], normalize(clips)[0]) and clips.dtype == torch.uint8
+    assert not torch.equal(open_small(videos, seed=6)[7], dataset[7])
 
 
 def test_every_epoch_has_all_files_in_another_order():
@@ -81,7 +82,7 @@ def test_segments_follow_time_and_views_the_longer_side(tmp_path):
     dataset = open_small(path, train=False, segments=3, views=3)
     clips = dataset[0]
     assert clips.shape == (3, 3, 3, 4, 32, 32)
-    assert torch.equal(dataset.batch([0]).clips[0], clips)
+    assert torch.equal(normalize(dataset.batch([0]).clips)[0], clips)
     brightness = clips.mean((2, 4, 5))  # (views, segments, T)
     assert (brightness.diff(dim=1)[1:] > 0).all()
     assert brightness[0].std() < 0.02  # the left view sees the black half only

@@ -17,7 +17,7 @@ from data import DataError, open_clips
 from masks import MultiBlockMask
 from runtime.loading import evenly
 from tools.visualize import draw_films, tokens_to_pixels
-from video.decode import denormalize, describe, read_clip
+from video.decode import denormalize, describe, normalize, read_clip
 
 MASK_SETS = {"short range": (8, 0.15, (0.75, 1.5), 0.20, 0.50),
              "long range": (2, 0.70, (0.75, 1.5), 0.07, 0.70)}
@@ -77,7 +77,7 @@ def draw_clips(dataset, file):
     if not len(batch.clips):
         raise DataError(f"none of {len(batch.bad)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]
-    draw_films({"": denormalize(batch.clips)}, captions, dataset.name, file, height=1.3)
+    draw_films({"": denormalize(normalize(batch.clips))}, captions, dataset.name, file, height=1.3)
 
 
 def main(arguments=None):

@@ -123,6 +123,11 @@ def prediction_films(model, clips, train_clips):
     return films
 
 
+def read(dataset, sample_ids):
+    """Normalized clips, (n, 3, T, H, W)."""
+    return torch.stack([dataset[i] for i in sample_ids])
+
+
 def nearest(features, queries, count=5):
     """The nearest clips by cosine similarity, except the query: (n, D), (q,) -> (q, count)."""
     features = F.normalize(features.float(), dim=-1)
@@ -133,7 +138,7 @@ def nearest(features, queries, count=5):
 
 def draw_neighbours(dataset, test, queries, file):
     """Draw clips (indices into `test`, Features of the dataset) and their nearest neighbours."""
-    pixels = torch.cat([F.adaptive_avg_pool3d(dataset.batch(ids.tolist()).clips, (4, 16, 16))
+    pixels = torch.cat([F.adaptive_avg_pool3d(read(dataset, ids.tolist()), (4, 16, 16))
                         for ids in torch.tensor(test.sample_ids).split(50)]).flatten(1)
     columns = {"query": queries[:, None],
                "by features": nearest(standardize(test.pooled[:, 0])[0], queries),
@@ -181,7 +186,7 @@ def main(arguments=None):
                    for dataset, sample_ids in zip((train_set, test_set), ids, strict=True))
     labels = next(iter(test.labels.values()), torch.zeros(len(test.sample_ids)))
     shown = labels.argsort(stable=True)[evenly(len(labels), 6)]  # (m,): from many classes
-    clips = test_set.batch([test.sample_ids[i] for i in shown]).clips  # (m, 3, T, H, W)
+    clips = read(test_set, [test.sample_ids[i] for i in shown])  # (m, 3, T, H, W)
     images, captions = denormalize(clips), [test_set.caption(test.sample_ids[i]) for i in shown]
     network = getattr(encoder, "encoder", encoder)  # of single frames, if wrapped by on_clips
     shape = (clip["num_frames"] // network.tubelet[0], *network.grid[1:]), network.tubelet
@@ -206,7 +211,7 @@ def main(arguments=None):
                                               for key in checkpoint.get("predictor", ())):
         # The decoder learns from single tokens, so the number of clips depends on their tokens.
         some = evenly(len(train.sample_ids), 50_000 // math.prod(network.grid))
-        train_clips = train_set.batch([train.sample_ids[i] for i in some]).clips
+        train_clips = read(train_set, [train.sample_ids[i] for i in some])
         films = prediction_films(load_vjepa(path).eval(), *(
             c[:, :, :network.num_frames] for c in (clips[:2], train_clips)))  # I-JEPA: one frame
         draw_films(films, captions, "Masked tokens, decoded to pixels", out / "predictions.png")

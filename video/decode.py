@@ -44,7 +44,7 @@ class DataError(Exception):
 class Batch(NamedTuple):
     """A batch of clips, as `dataset.batch(sample_ids)` and the loader return it."""
 
-    clips: torch.Tensor  # (B, 3, T, H, W) float32, normalized; or (B, V, S, 3, T, H, W)
+    clips: torch.Tensor  # (B, 3, T, H, W) or (B, V, S, 3, T, H, W), as `normalize` takes them
     sample_ids: torch.Tensor  # (B,) int64
     bad: list[str]  # one line "path: reason" per unreadable file
     masks: list = []  # int64 token indices: [(context (B, Kc), targets (B, Kt)), ...]
@@ -322,11 +322,20 @@ def random_resized_crop(rng, size, height, width):
     return ((height - h) // 2, (width - w) // 2, h, w), (size, size)
 
 
-def normalize(clip):
-    """uint8 array (T, H, W, 3) -> float32 tensor (3, T, H, W), with ImageNet's mean and std."""
-    clip = torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))
-    frames = F.to_dtype(clip, torch.float32, scale=True).transpose(0, 1)  # (T, 3, H, W)
-    return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD, inplace=True).transpose(0, 1)
+def to_tensor(clip):
+    """uint8 array (T, H, W, 3) -> uint8 tensor (3, T, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2)))
+
+
+def normalize(clips):
+    """uint8 (..., 3, T, H, W) -> float32, with ImageNet's mean and std; float32 stays as it is.
+
+    It is done on the device where clips are used: as uint8 they are a quarter of the size.
+    """
+    if clips.dtype != torch.uint8:
+        return clips
+    frames = F.to_dtype(clips, torch.float32, scale=True).transpose(-4, -3)  # (..., T, 3, H, W)
+    return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD, inplace=True).transpose(-4, -3)
 
 
 def denormalize(clips):

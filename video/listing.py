@@ -3,9 +3,12 @@
 import csv
 import os
 import re
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from video.decode import IMAGES, DataError, frame_files, last_digits
 
@@ -22,7 +25,30 @@ class Entry(NamedTuple):
     name: str | None = None  # the class's, if the label is a number
     group: str | None = None
     split: str | None = None
-    where: str = ""  # "file:line" in a list
+    file: str = ""  # the list that it is from
+    line: int = 0
+
+    def where(self):
+        """For error messages."""
+        return f"{self.file}:{self.line}" if self.file else self.path
+
+
+class Texts(Sequence):
+    """A list of strings as one array: worker processes read it without copying it. (Python counts
+    its references to an object inside the object, so they would copy every string they look at.)"""
+
+    def __init__(self, texts):
+        parts = [os.fsencode(text) for text in texts]
+        self.ends = np.cumsum([0, *map(len, parts)])
+        self.bytes = b"".join(parts)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self.bytes[self.ends[index]:self.ends[index + 1]])
 
 
 def find_entries(path):
@@ -47,18 +73,19 @@ def _read_list(file):
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: neither a video nor a readable list of videos") from error
     by_comma = "," in "".join(lines[:1])
-    rows = [(n, _columns(line, by_comma)) for n, line in enumerate(lines, 1) if line.strip()]
-    header, entries = ["path", "label"], []
-    if rows and "path" in map(str.lower, rows[0][1]):
-        header = [column.lower() for column in rows.pop(0)[1]]
-    for n, columns in rows:
+    rows = ((n, _columns(line, by_comma)) for n, line in enumerate(lines, 1) if line.strip())
+    header, entries, first = ["path", "label"], [], list(islice(rows, 1))
+    if first and "path" in map(str.lower, first[0][1]):
+        header, first = [column.lower() for column in first[0][1]], []
+    folder = "" if str(file.parent) == "." else str(file.parent)
+    for n, columns in chain(first, rows):
         row = {key: column or None for key, column in zip(header, columns, strict=False)}
         if len(columns) > len(header) or not row.get("path"):
             raise DataError(f"{file}:{n}: expected {', '.join(header)}; quote paths that contain "
                             "commas, and name further columns in a first line")
         name, split = row.get("class"), row.get("split")
-        entries.append(Entry(str(file.parent / row["path"]), row.get("label") or name, name,
-                             row.get("group"), SPLITS.get(split, split), f"{file}:{n}"))
+        entries.append(Entry(os.path.join(folder, row["path"]), row.get("label") or name, name,
+                             row.get("group"), SPLITS.get(split, split), str(file), n))
     return entries
 
 
@@ -126,6 +153,6 @@ def number_labels(entries, classes=None):
         classes = classes or sorted(given)
         indices = {name: i for i, name in enumerate(classes)}
     for label in given.keys() - indices.keys():
-        raise DataError(f"{given[label].where or given[label].path}: label {label} is not among "
+        raise DataError(f"{given[label].where()}: label {label} is not among "
                         f"the {len(classes)} classes")
     return classes, [indices.get(entry.label, -1) for entry in entries]

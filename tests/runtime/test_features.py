@@ -34,7 +34,7 @@ def test_features_are_computed_once_and_then_read_from_the_store(videos, tmp_pat
     dataset, encoder = open_clips([str(videos)], **CLIP, train=False), small_encoder()
     [first] = encode_here([encoder], dataset, tmp_path)
     assert first.sample_ids == [i for i in range(12) if i != 9]  # b/3.mp4 is a text file
-    expected = encoder(dataset.batch([10]).clips)
+    expected = encoder(dataset[10][None])
     torch.testing.assert_close(first.tokens[9].float(), expected, atol=2e-3, rtol=1e-3)  # float16
     torch.testing.assert_close(first.pooled[9, 0], expected[0].mean(0), atol=2e-3, rtol=1e-3)
     assert first.labels["class"].tolist() == [0] * 6 + [1] * 5

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from tests.conftest import frame_indices, open_small, write_images, write_video
 from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, normalize,
-                          random_resized_crop, read_clip, resize_short_side)
+                          random_resized_crop, read_clip, resize_short_side, to_tensor)
 
 
 @pytest.mark.parametrize("name, codec, pix_fmt, options", [
@@ -155,7 +155,8 @@ def test_random_crops_stay_in_their_ranges(height, width):
 
 def test_normalized_clips_have_imagenets_mean_and_std_removed():
     clip = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), np.uint8)
-    normalized = normalize(clip[:, :, ::-1])  # as for a flipped clip
+    normalized = normalize(to_tensor(clip[:, :, ::-1]))  # as for a flipped clip
+    assert normalize(normalized) is normalized
     assert normalized.shape == (3, 4, 6, 8) and normalized.dtype == torch.float32
     expected = (clip[:, :, ::-1] / 255 - IMAGENET_MEAN) / IMAGENET_STD
     assert np.abs(normalized.permute(1, 2, 3, 0).numpy() - expected).max() < 1e-6
@@ -163,7 +164,7 @@ def test_normalized_clips_have_imagenets_mean_and_std_removed():
 
 def test_denormalized_clips_are_rgb_in_0_to_1_with_channels_last():
     clips = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 8, 3), np.uint8)
-    normalized = torch.stack([normalize(clip) for clip in clips])
+    normalized = normalize(torch.stack([to_tensor(clip) for clip in clips]))
     rgb = denormalize(normalized)
     assert np.abs(rgb.numpy() * 255 - clips).max() < 1e-3
     assert torch.equal(denormalize(normalized[0]), rgb[0])
