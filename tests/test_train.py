@@ -148,12 +148,16 @@ def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
         assert line in says
 
 
-@pytest.mark.parametrize("world_size, micro_batch", [(1, 12), (1, 3), (2, 6), (4, 1), (3, 2)])
+@pytest.mark.parametrize("world_size, micro_batch", [
+    (1, 12), (1, 3), (2, 6), (4, 1), (3, 2), (512, 3)])
 def test_processes_take_every_sample_id_once(world_size, micro_batch):
-    accumulation = 12 // world_size // micro_batch
-    taken = [i for step in range(5) for part in range(accumulation) for rank in range(world_size)
-             for i in sample_ids(step, part, 12, rank, world_size, micro_batch)]
-    assert taken == list(range(60))
+    batch_size = 3072 if world_size == 512 else 12
+    accumulation = batch_size // world_size // micro_batch
+    for first, last in (0, 5), (3, 5):  # from the start, and resumed after step 3
+        taken = [i for step in range(first, last) for part in range(accumulation)
+                 for rank in range(world_size)
+                 for i in sample_ids(step, part, batch_size, rank, world_size, micro_batch)]
+        assert taken == list(range(first * batch_size, last * batch_size))
 
 
 def test_a_run_is_started_from_python(tmp_path, monkeypatch):
