@@ -76,6 +76,14 @@ def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path
     same_losses(metrics(tmp_path, "split"), metrics(uninterrupted, "whole"))
 
 
+def test_compressed_gradients_are_those_of_the_processes_to_three_digits(two_processes, tmp_path):
+    codes, output = together(tmp_path, "--name", "run", "--compress-gradients")
+    assert set(codes) == {0}, output
+    ours, exact = ([float(row["grad_norm_encoder"]) for row in metrics(folder, name)]
+                   for folder, name in ((tmp_path, "run"), (two_processes, "two")))
+    assert ours != exact and ours == pytest.approx(exact, rel=5e-3)
+
+
 def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
     script = signalled(tmp_path, step=5, rank=1, name="SIGKILL")
     result = run(tmp_path, "--name", "killed", "--restart", processes=2, script=script, restarts=3)
