@@ -14,6 +14,7 @@ import gc
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -109,7 +110,8 @@ POINTS = {
 # torch._dynamo.
 PRELOAD = ["torch", "torch._dynamo", "torch.testing", "torchvision.transforms.v2", "pytest",
            "numpy", "av", "tqdm", "PIL.Image"]
-LONGEST_OUTPUT = 4000  # characters of a test's output that are kept
+LONGEST_OUTPUT = 4000  # bytes of a test's output that are kept
+LARGEST_FILE = 2 ** 26  # bytes that student code can write into a file, such as its output
 
 
 class Job(NamedTuple):
@@ -130,11 +132,14 @@ def build_tree(job, part, tree):
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
     # Only files that the project has: a student's conftest.py or torch.py could fake any result.
     wanted = code_files()
-    if job.assignment == 5:
-        shutil.copyfile(ROOT / "comparisons" / "report.py", tree / "reference_report.py")
-        wanted += report_files(job.folder)
+    source = job.folder
+    if (job.assignment, part) == (5, "d"):  # a report is judged by the project's own code
+        source = ROOT
+        for name in report_files(job.folder):
+            copy_inside(job.folder, name, tree)
+        shutil.copytree(HERE / "example", tree / "reference_example", dirs_exist_ok=True)
     for name in wanted:
-        copy_inside(job.folder, name, tree)
+        copy_inside(source, name, tree)
     for other, (file, name) in BLANKS[job.assignment].items():
         if other != part:
             solve(tree / file, name, (ROOT / file).read_text(encoding="utf-8"))
@@ -190,6 +195,7 @@ def run_test(tree, node, log, answer):
 
     Its output goes to the file `log`.
     """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -233,8 +239,16 @@ def grade_test(context, job, part, file, test):
             end = f"the process ended early, with exit code {process.exitcode}"
         process.kill()
         process.join()
-        output = log.read_text(errors="replace") if log.exists() else ""
-        return passed, (output[-LONGEST_OUTPUT:] + end).strip()
+        return passed, (tail(log) + end).strip()
+
+
+def tail(log):
+    """The last characters of a file, if there is one."""
+    if not log.exists():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LONGEST_OUTPUT))
+        return file.read().decode(errors="replace")
 
 
 def grade(jobs, workers=None):
@@ -298,8 +312,16 @@ def assignment_of(folder):
     return number
 
 
+def write(out, result):
+    """Write results.json. Raises OSError."""
+    if out.is_symlink():  # a student's link could lead anywhere
+        out.unlink()
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main(arguments=None):
-    """Grade folders, print their points, write results.json."""
+    """Grade folders, print their points, write results.json. What is wrong with one folder does not
+    keep the others from being graded; the exit code is 1 then."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a student's code")
@@ -309,17 +331,26 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.out and len(args.folders) > 1:
         raise ValueError("--out names one file: grade a single DIR with it")
+    jobs, results, errors = [], {}, []
     for folder in args.folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
-    jobs = [Job(folder, args.assignment or assignment_of(folder), limit=args.limit)
-            for folder in args.folders]
+            errors.append(f"{folder} is not a folder")
+            continue
+        try:
+            jobs.append(Job(folder, args.assignment or assignment_of(folder), limit=args.limit))
+        except ValueError as error:
+            results[folder] = {"score": 0, "tests": [], "output": str(error)}
+            errors.append(f"0 points: {error}")
     for job, result in zip(jobs, grade(jobs), strict=True):
         show(job, result)
-        out = args.out or job.folder / "results.json"
-        if out.is_symlink():  # a student's link could lead anywhere
-            out.unlink()
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        results[job.folder] = result
+    for folder, result in results.items():
+        try:
+            write(args.out or folder / "results.json", result)
+        except OSError as error:
+            errors.append(f"{args.out or folder / 'results.json'}: not written ({error.strerror})")
+    if errors:
+        raise ValueError("\nerror: ".join(errors))
 
 
 if __name__ == "__main__":

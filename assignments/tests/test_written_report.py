@@ -1,13 +1,16 @@
 """Assignment 5, part d: report.json agrees with the results that it names.
 
-grade.py runs this beside the student's report. reference_report is the project's own
-comparisons/report.py, so that a student's arithmetic does not judge itself.
+grade.py runs this beside the student's report and the project's own code, so that a student's
+arithmetic does not judge itself; reference_example is the report that is handed out, whose numbers
+and words are not a student's.
 """
 
 import json
+import re
 
 import pytest
-from reference_report import mean_and_spread, read, verdict
+
+from comparisons.report import mean_and_spread, read, verdict
 
 TEXTS = ("claim", "prediction", "better", "worse", "results", "column", "verdict", "explanation")
 
@@ -21,16 +24,24 @@ def report():
 @pytest.fixture
 def values(report):
     """The value of each seed of both runs, in the column that the report names."""
-    runs = read(report["results"])
-    return [runs[report[side]][report["column"]] for side in ("better", "worse")]
+    runs, example = read(report["results"]), read("reference_example/results.csv")
+    column = report["column"]
+    assert all(runs[run][column] != accuracies.get(column) for run, accuracies in example.items()
+               if run in runs), "the numbers of the example are invented: use yours"
+    return [runs[report[side]][column] for side in ("better", "worse")]
 
 
 def test_the_report_has_every_entry_and_words_enough(report):
     for name in TEXTS:
         assert isinstance(report[name], str) and report[name].strip(), name
     assert isinstance(report["difference"], float)
+    with open("reference_example/report.json") as file:
+        example = json.load(file)
     for name in ("prediction", "explanation"):
+        words = set(re.findall(r"\w+", report[name].lower()))
         assert len(report[name].strip()) >= 200, f"{name}: at least 200 characters"
+        assert len(words) >= 20, f"{name}: at least 20 different words"
+        assert report[name] != example[name], f"{name}: in your own words"
 
 
 def test_both_runs_were_trained_with_three_seeds_or_more(report, values):

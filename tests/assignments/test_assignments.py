@@ -31,9 +31,15 @@ WRONG = {
 
 LATER = [(1, "d"), (2, "e")]  # parts that call all earlier ones
 EXAMPLE = ROOT / "assignments" / "example"
+WORDS = ("Without an average the targets follow every step of the predictor, so I expect features "
+         "that are easy to predict, and poor: by about a tenth. Three seeds should be enough to "
+         "see such a large difference, if the seeds agree.")
 # (changed entries of the report, points for its four tests)
 REPORTS = [({"difference": 0.120003, "verdict": "disagree"}, [5, 10, 0, 0]),
-           ({"prediction": "yes", "worse": "vjepa", "verdict": "within noise"}, [0, 0, 0, 10])]
+           ({"prediction": "yes", "worse": "vjepa", "verdict": "within noise"}, [0, 0, 0, 10]),
+           ({"explanation": "a" * 200}, [0, 10, 10, 10]),
+           ({"explanation": "a " * 200}, [0, 10, 10, 10]),
+           (json.loads((EXAMPLE / "report.json").read_text()), [0, 0, 0, 0])]
 
 
 def reference(folder):
@@ -42,7 +48,11 @@ def reference(folder):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, folder / file)
     shutil.copytree(EXAMPLE, folder / "example")
-    shutil.copyfile(EXAMPLE / "report.json", folder / "report.json")
+    report = json.loads((EXAMPLE / "report.json").read_text())
+    report |= {"results": "mine.csv", "prediction": WORDS, "explanation": WORDS}
+    (folder / "report.json").write_text(json.dumps(report))
+    numbers = (EXAMPLE / "results.csv").read_text()
+    (folder / "mine.csv").write_text(re.sub(r",(0\.\d\d)(?!\d)", r",\g<1>1", numbers))
     return folder
 
 
@@ -82,9 +92,11 @@ def results(tmp_path_factory):
     begin_with(dies / "probe.py", "balanced_subset", "import os; os._exit(0)")
     edit(dies / "probe.py", "D, h = x.shape[-1], self.num_heads\n        key =",
          "import time\n        while True:\n            time.sleep(1)\n        key =")
+    floods = reference(folder / "floods")
+    begin_with(floods / "probe.py", "balanced_subset", "while True: print('x' * 1_000_000)")
     # The endless loop comes first and holds one of three workers.
     jobs = {"loops": grade.Job(dies, 4, ("a",), limit=5),
-            "crashes": grade.Job(dies, 4, ("c", "d")),
+            "crashes": grade.Job(dies, 4, ("c", "d")), "floods": grade.Job(floods, 4, ("d",)),
             "cheat": grade.Job(cheat(folder / "cheat"), 5)}
     right = reference(folder / "right")
     for number, (part, file, old, new) in WRONG.items():
@@ -166,6 +178,19 @@ def test_a_crash_and_an_endless_loop_cost_only_their_own_points(results):
     assert "exit code 0" in results["crashes"]["tests"][-1]["output"]
 
 
+def test_output_without_end_is_cut_and_earns_nothing(results):
+    for entry in results["floods"]["tests"]:
+        assert entry["score"] == 0 and len(entry["output"]) < 5000
+
+
+def test_a_report_is_judged_by_the_projects_arithmetic(tmp_path):
+    edit(reference(tmp_path / "mine") / "comparisons/report.py", "better) - stat", "better) + stat")
+    for part, judge in ("b", tmp_path / "mine"), ("d", ROOT):
+        grade.build_tree(grade.Job(tmp_path / "mine", 5), part, tmp_path / part)
+        code = (tmp_path / part / "comparisons/report.py").read_text()
+        assert ("better) + stat" in code) == (judge != ROOT)
+
+
 def test_the_students_own_tests_and_skipped_ones_earn_nothing(results):
     assert results["cheat"]["score"] == 0 and len(results["cheat"]["tests"]) == 10
     assert all(entry["status"] == "failed" for entry in results["cheat"]["tests"])
@@ -239,8 +264,19 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     assert result.returncode == 0 and "e  model.py  Predictor.forward" in result.stdout
 
 
-def test_a_folder_that_names_no_assignment_is_an_error(tmp_path):
-    (tmp_path / "assignment.json").write_text("[]")
-    result = run("grade.py", tmp_path)
-    assert result.returncode == 1 and "pass --assignment" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_one_student_cannot_keep_others_from_being_graded(tmp_path):
+    nameless, blocked, missing = (tmp_path / name for name in ("nameless", "blocked", "missing"))
+    nameless.mkdir()
+    (nameless / "assignment.json").write_text("[]")
+    reference(blocked)
+    (blocked / "assignment.json").write_text('{"assignment": 3}')
+    (blocked / "results.json").mkdir()
+    result = run("grade.py", nameless, blocked, missing)
+    assert result.returncode == 1 and "80 of 80 points" in result.stdout
+    errors = result.stderr.splitlines()
+    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
+    assert "nameless/assignment.json does not name an assignment: pass --ass" in errors[0]
+    assert "missing is not a folder" in errors[1]
+    assert "blocked/results.json: not written (Is a directory)" in errors[2]
+    zero = json.loads((nameless / "results.json").read_text())
+    assert zero["score"] == 0 and "does not name" in zero["output"]
