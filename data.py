@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from video.decode import (Batch, DataError, frame_files, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
-from video.listing import Texts, find_entries, number_labels
+from video.listing import Texts, find_entries, number_labels, with_labels
 from video.synthetic import Synthetic
 
 
@@ -47,7 +47,7 @@ class VideoClips(Dataset):
     the n-th file in an order that changes every epoch. In evaluation, n is the centre of file n.
     fps: frames per second, instead of every frame_step-th frame; split: train, val or test, if the
     source names them; weights: how often each path is drawn from; classes: names to number the
-    labels by; need_labels: a missing label is an error; segments, views: in evaluation, clips
+    labels by; need_labels: leave out clips without a label; segments, views: in evaluation, clips
     spread over time and crops over the longer side. If any label is missing, classes is []; if any
     group is, groups is None. Raises DataError.
     """
@@ -59,6 +59,7 @@ class VideoClips(Dataset):
         self.protocol = segments, views
         found = [(entry, source) for source, path in enumerate(paths)
                  for entry in find_entries(Path(path))]
+        found = with_labels(found) if need_labels else found
         self.splits = {entry.split for entry, _ in found if entry.split}
         self.classes, labels = number_labels([entry for entry, _ in found], classes)
         selected = [i for i, (e, _) in enumerate(found) if e.split in (None, split or e.split)]
@@ -67,10 +68,7 @@ class VideoClips(Dataset):
                             f"{', '.join(sorted(self.splits))}")
         entries, sources = zip(*(found[i] for i in selected), strict=True)
         self.class_labels = torch.tensor(labels)[selected]  # -1: no label
-        unlabelled = [entry.where() for entry in entries if entry.label is None]
-        if unlabelled and need_labels:
-            raise DataError(f"{unlabelled[0]}: no label, but labels are needed here")
-        self.classes = [] if unlabelled else self.classes
+        self.classes = [] if None in [entry.label for entry in entries] else self.classes
         self.class_names = {"class": self.classes} if self.classes else {}  # {task: names}
         self.paths = Texts([entry.path for entry in entries])
         groups = [entry.group for entry in entries]

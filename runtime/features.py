@@ -229,15 +229,14 @@ def open_splits(data, split, clip, test_data=None, segments=1, views=1):
     for each group. clip: as from open_encoder; views: of test clips only. Raises DataError.
     """
     def open_split(split, paths=data, **options):
-        return open_clips(paths, **clip, split=split, train=False, segments=segments, **options)
+        return open_clips(paths, **clip, split=split, train=False, segments=segments,
+                          need_labels=True, **options)
 
     leave_out = split == "leave-one-group-out"
     train = open_split(None if leave_out or test_data else "train")
-    if not train.class_names:
-        open_split(None, need_labels=True)  # its DataError names the first clip without a label
     ids, groups = range(len(train)), train.groups
     if test_data:
-        test = open_split(None, test_data, views=views, need_labels=True, classes=train.classes)
+        test = open_split(None, test_data, views=views, classes=train.classes)
         return train, test, [(ids, range(len(test)))]
     if split not in train.splits and "val" in train.splits and not leave_out:
         print(f"no '{split}' split: 'val' is used")

@@ -37,9 +37,12 @@ def sample_ids(step, i, batch_size, rank, world_size, micro_batch):
 
 def open_datasets(config, num_frames):
     """Clips to train on and clips to evaluate on; num_frames: as many as the encoder takes."""
-    train_set = open_clips(config.data, num_frames, config.frame_step, config.img_size, config.seed,
-                           split="train", noise=config.noise, fps=config.fps,
-                           weights=config.data_weights or None)
+    clip = {"num_frames": num_frames, "frame_step": config.frame_step, "fps": config.fps,
+            "img_size": config.img_size, "noise": config.noise, "seed": config.seed,
+            "split": "train"}
+    train_set = open_clips(config.data, **clip, weights=config.data_weights or None)
+    if not train_set.class_names and (train_set.class_labels >= 0).any():
+        return train_set, open_clips(config.data, **clip, train=False, need_labels=True)
     eval_set = copy.copy(train_set)  # the same files: a list of millions is read once
     eval_set.train = False
     return train_set, eval_set

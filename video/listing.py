@@ -3,7 +3,9 @@
 import csv
 import os
 import re
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -135,6 +137,25 @@ def _is_clip(folder, padded):
         return False
     gaps = {int(b) - int(a) for a, b in pairwise(digits)} if all(digits) else set()
     return len(gaps) == 1 and gaps != {0}
+
+
+def with_labels(found):
+    """[(Entry, its source), ...] without those that have no label; a note counts them. Raises
+    DataError if none is left."""
+    kept = [pair for pair in found if pair[0].label is not None]
+    if len(kept) < len(found):
+        first = next(entry.where() for entry, _ in found if entry.label is None)
+        if not kept:
+            raise DataError(f"{first}: no label, but labels are needed here")
+        note(f"{len(found) - len(kept)} of {len(found)} clips have no label, so evaluations leave "
+             f"them out; the first is {first}")
+    return kept
+
+
+@lru_cache  # once, although clips to train on and clips to test on may be in the same folder
+def note(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def number_labels(entries, classes=None):

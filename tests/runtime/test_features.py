@@ -1,15 +1,19 @@
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
+import train as train_module
 from data import DataError, open_clips
-from runtime.loading import BadFiles
 from model import VJEPA, VisionTransformer
 from runtime import features
+from runtime.loading import BadFiles
+from runtime.session import open_datasets
 from runtime.features import (MotionEnergy, OneFrame, encode, encode_batches, on_clips,
                               open_encoder, open_splits, random_init_encoder)
 from tests.conftest import GOLDEN
-from tests.runs import SERVER
+from tests.runs import FAST, SERVER
 
 CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
 
@@ -258,9 +262,18 @@ def test_unlabelled_clips_cannot_be_probed(tmp_path):
     write_images(tmp_path, ["1.png", "2.png"])
     with pytest.raises(DataError, match=f"{tmp_path}: no label"):
         open_splits([str(tmp_path)], "test", CLIP)
-    (tmp_path / "list.csv").write_text("path,label\n1.png,3\n2.png,\n")
-    with pytest.raises(DataError, match="list.csv:3: no label"):
-        open_splits([str(tmp_path / "list.csv")], "test", CLIP)
+
+
+def test_clips_without_a_label_are_left_out_and_counted_once(videos, capsys):
+    shutil.copy(videos / "a/0.mp4", videos / "loose.mp4")
+    train, test, [(train_ids, test_ids)] = open_splits([str(videos)], "test", CLIP)
+    assert train.classes == test.classes == ["a", "b"] and len(train_ids) + len(test_ids) == 12
+    config, *_ = train_module.parse_args([*FAST, "--data", str(videos)])
+    pretraining, evaluation = open_datasets(config, 4)
+    assert (len(pretraining), len(evaluation), evaluation.classes) == (13, 12, ["a", "b"])
+    assert capsys.readouterr().err == (
+        "note: 1 of 13 clips have no label, so evaluations leave them out; the first is "
+        f"{videos}/loose.mp4\n")
 
 
 def test_features_beyond_float16_are_an_error_and_are_not_stored(videos, tmp_path):

@@ -29,7 +29,7 @@ def test_lists_of_paths_and_labels(tmp_path, text, classes, labels):
 
 
 @pytest.mark.parametrize("text, options, message", [
-    ("a.mp4 0\na.mp4\n", {"need_labels": True}, r"list.txt:2: no label"),
+    ("a.mp4\na.mp4\n", {"need_labels": True}, r"list.txt:1: no label"),
     ("a.mp4 0\na.mp4 -3\n", {}, r"list.txt:2: label -3 is not among the 1 classes"),
     ("a.mp4 0\na.mp4 7\n", {"classes": ["x", "y"]}, r"list.txt:2: label 7 is not among the 2"),
     ("a.mp4 z\n", {"classes": ["x", "y"]}, r"list.txt:1: label z is not among"),
