@@ -18,6 +18,8 @@ from comparisons.report import Table
     # All variance on one side leaves 2 degrees of freedom: 4.30 standard errors are 0.0993.
     ([0.82, 0.82, 0.82], [0.70, 0.74, 0.78], "within noise"),
     ([0.84, 0.84, 0.84], [0.70, 0.74, 0.78], "agree"),
+    # 2.6 degrees of freedom count as 2: 4.30 standard errors are 0.107, 3.18 would be 0.079.
+    ([0.814, 0.83, 0.846], [0.70, 0.74, 0.78], "within noise"),
     ([0.5, 0.5], [0.4, 0.4], "agree"),
 ])
 def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, word):
@@ -26,6 +28,7 @@ def test_a_claim_is_judged_by_its_difference_against_the_spread(better, worse, w
 
 def test_a_verdict_begins_with_the_difference():
     assert report.verdict([0.5, 0.6, 0.7], [0.70, 0.85, 0.90]) == "-0.217 within noise"
+    assert report.verdict([0.8, 0.8], [0.68, 0.68]) == "+0.120 agree"
 
 
 def test_the_spread_of_a_single_value_is_0():
@@ -34,10 +37,10 @@ def test_the_spread_of_a_single_value_is_0():
 
 def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
     path = tmp_path / "results.csv"
-    path.write_text("run,seed,motion attentive 1\na,0,0.5\na,1,0.7\nb,0,0.1\n")
+    path.write_text("run,seed,motion attentive 1\na,0,0.5\na,1,0.5\na,2,0.8\nb,0,0.1\n")
     runs = report.read(path)
-    assert runs["a"] == {"seed": [0, 1], "motion attentive 1": [0.5, 0.7]}
-    assert report.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.141"
+    assert runs["a"] == {"seed": [0, 1, 2], "motion attentive 1": [0.5, 0.5, 0.8]}
+    assert report.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.173"
     assert report.cell(None) == "-"
 
 
