@@ -8,6 +8,7 @@ import re
 import sys
 import zipfile
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def load_checkpoint(path, verify=True):
         path = max(path.glob("checkpoint-*.pt"), default=path / "checkpoint-*.pt")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     if verify and (reason := damage(path)):
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})")
     try:  # weights_only: tensors and plain containers, no code
@@ -60,6 +63,20 @@ def load_checkpoint(path, verify=True):
             if not (isinstance(key, str) and isinstance(value, torch.Tensor)) or value.is_meta:
                 raise CheckpointError(f"{path}: '{name}' is not a state dict: entry {key!r}")
     return checkpoint
+
+
+def _load_safetensors(path):
+    """The encoder that tools.extract has written. Raises CheckpointError."""
+    if not find_spec("safetensors"):
+        raise CheckpointError(f"{path}: pip install safetensors to read it")
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            heads = (file.metadata() or {}).get("num_heads", "0")
+            return {"target_encoder": {key: file.get_tensor(key) for key in file.keys()},  # noqa: SIM118
+                    **({"num_heads": int(heads)} if heads.isdigit() and heads != "0" else {})}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from None
 
 
 def damage(path):

@@ -2,6 +2,7 @@
 
     python -m tools.extract features.npz --checkpoint vitl16.pth.tar --data videos/
     python -m tools.extract encoder.pt --checkpoint runs/mine        for load_encoder("encoder.pt")
+    python -m tools.extract encoder.safetensors                      the same, if it is installed
 
 The arrays: features (n, D) float32, averaged over a clip's tokens and views; paths (n,); split
 (n,), '' if the data have none; and, if there are labels, labels (n,), which index classes
@@ -11,6 +12,7 @@ The arrays: features (n, D) float32, averaged over a clip's tokens and views; pa
 import argparse
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,11 @@ from runtime.weights import CheckpointError
 
 def check_output(file):
     """Make a file's folder. Raises ValueError if it cannot be written there."""
-    if file.suffix not in (".npz", ".pt") or file.is_dir():
-        raise ValueError(f"{file}: the output must be a file whose name ends in .npz or .pt")
+    if file.suffix not in (".npz", ".pt", ".safetensors") or file.is_dir():
+        raise ValueError(f"{file}: the output must be a file whose name ends in .npz, .pt or "
+                         ".safetensors")
+    if file.suffix == ".safetensors" and not find_spec("safetensors"):
+        raise ValueError(f"{file}: pip install safetensors to write such files")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
@@ -60,19 +65,28 @@ def extract(file, encoder, data, clip, protocol, bad_files, **options):
     return len(arrays["features"])
 
 
+def write_encoder(file, encoder):
+    """Write an encoder for load_encoder."""
+    weights = encoder.cpu().state_dict()
+    if file.suffix == ".pt":
+        torch.save({"target_encoder": weights, "num_heads": encoder.num_heads}, file)
+    else:
+        from safetensors.torch import save_file
+        save_file(weights, file, {"num_heads": str(encoder.num_heads)})
+
+
 def main(arguments=None):
     """Extract what the command line asks for. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="%(prog)s FILE [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE", help=".npz: features; .pt: the encoder")
+    parser.add_argument("file", type=Path, metavar="FILE",
+                        help=".npz: features; .pt, .safetensors: the encoder")
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
     path, encoder, data, clip, protocol = open_source(config)
-    if given.file.suffix == ".pt":
-        network = getattr(encoder, "encoder", encoder)  # of single frames, if wrapped by on_clips
-        torch.save({"target_encoder": network.cpu().state_dict(), "num_heads": network.num_heads},
-                   given.file)
+    if given.file.suffix != ".npz":
+        write_encoder(given.file, getattr(encoder, "encoder", encoder))  # if wrapped by on_clips
         return print(f"the encoder of {path} written to {given.file}")
     bad_files = BadFiles(len(open_clips(data, **clip, train=False)), config.max_bad)
     count = extract(given.file, encoder, data, clip, protocol, bad_files,

@@ -5,8 +5,9 @@ from PIL import Image
 
 from data import open_clips
 from model import VisionTransformer
+from runtime import weights
 from runtime.loading import BadFiles
-from runtime.weights import load_encoder
+from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
 from tools import extract
 
@@ -54,15 +55,31 @@ def test_both_tasks_of_synthetic_clips_are_written(tmp_path, monkeypatch):
     assert len(found["labels_motion"]) == 7 and "left" in found["classes_motion"]
 
 
-def test_an_encoder_is_written_alone_and_read_back_without_overrides(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors"])
+def test_an_encoder_is_written_alone_and_read_back_without_overrides(name, tmp_path, monkeypatch):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
-    extract.main(["encoder.pt", *PUBLISHED])
-    encoder, original = load_encoder("encoder.pt"), load_encoder(PUBLISHED[1], num_heads=4)
+    extract.main([name, *PUBLISHED])
+    encoder, original = load_encoder(name), load_encoder(PUBLISHED[1], num_heads=4)
     clips = torch.randn(1, 3, 8, 32, 32)
     assert torch.equal(encoder(clips), original(clips))
-    assert (tmp_path / "encoder.pt").stat().st_size < GOLDEN.joinpath(
+    assert (tmp_path / name).stat().st_size < GOLDEN.joinpath(
         "reference-vjepa.pth.tar").stat().st_size / 2
-    assert [path.name for path in tmp_path.iterdir()] == ["encoder.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=f"{name}: not a readable checkpoint"):
+        load_encoder(name)
+
+
+def test_safetensors_are_asked_for_where_they_are_missing(tmp_path, monkeypatch):
+    for module in (extract, weights):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    (tmp_path / "encoder.safetensors").touch()
+    with pytest.raises(ValueError, match="pip install safetensors to write"):
+        extract.main([str(tmp_path / "encoder.safetensors"), *PUBLISHED])
+    with pytest.raises(CheckpointError, match="pip install safetensors to read"):
+        load_encoder(tmp_path / "encoder.safetensors")
 
 
 @pytest.mark.parametrize("file, says", [
