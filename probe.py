@@ -31,6 +31,7 @@ from runtime.features import MotionEnergy, OneFrame, on_clips, open_splits, rand
 from runtime.flags import check, flag, parse
 from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
+from video.playback import TASKS
 
 
 class CrossAttention(nn.Module):
@@ -231,6 +232,7 @@ class Config(SourceConfig):
     test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
     label_fraction: list[float] = flag([0.1], "of the labels, besides all", above=0, most=1)
     seeds: int = flag(3, "probe seeds", least=1)
+    task: list[str] = flag([], "arrow, speed: of playback, without labels", list(TASKS))
     controls: list[str] = flag(CONTROLS, "what to probe besides the trained encoder", CONTROLS)
 
 
@@ -247,7 +249,8 @@ def main(config):
                                         clip["num_frames"]).to(device),
         "one_frame": lambda: OneFrame(encoder), "motion_energy": MotionEnergy}
     encoders = {"trained": encoder, **{name: controls[name]() for name in config.controls}}
-    train_set, test_set, folds = open_splits(data, config.split, clip, config.test_data, **protocol)
+    train_set, test_set, folds = open_splits(data, config.split, clip, config.test_data, **protocol,
+                                              tasks=config.task)
     print(f"probing {path} on {train_set.name}: " + (
         f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
         f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)

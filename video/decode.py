@@ -345,17 +345,20 @@ def denormalize(clips):
 
 
 def describe(path):
-    """Format, height, width and seconds (0: unknown) of a file: ("h264, 30 frames/s", 48, 64, 2.5).
+    """Format, height, width, seconds and number of frames (0: unknown) of a file, by its header:
+    ("h264, 30 frames/s", 48, 64, 2.5, 75).
 
     Raises DataError or av.FFmpegError, without the path, if its header is unreadable.
     """
     if is_still(path):
         kind = "folder of frames" if os.path.isdir(path) else "image"
-        return kind, *read_clip(path, 1, 1).shape[1:3], 0
+        frames = len(frame_files(path)) if os.path.isdir(path) else 1
+        return kind, *read_clip(path, 1, 1).shape[1:3], 0, frames
     check_file(path)
     with _open(path) as container:
         stream = _video_stream(container)
         first, last, interval = _header_span(container, stream)
         rate = f"{float(stream.average_rate):.4g} frames/s" if interval else "frame rate unknown"
         return (f"{stream.codec_context.name}, {rate}", stream.height, stream.width,
-                float((last - first + interval) * stream.time_base))
+                float((last - first + interval) * stream.time_base),
+                round((last - first) / interval) + 1 if interval else 0)

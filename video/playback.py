@@ -1,0 +1,88 @@
+"""Tasks that need no labels, for any videos: which way and how fast is a clip played?
+
+Every file gives six clips with the same content, so only motion tells them apart: forwards and
+backwards, each at speeds 1, 2 and 4. They differ in no single frame, on average.
+"""
+
+import copy
+
+import torch
+from torch.utils.data import Dataset
+
+from video.decode import DAMAGED, Batch, DataError, describe
+from video.listing import note
+
+SPEEDS = (1, 2, 4)
+TASKS = {"arrow": ["forwards", "backwards"], "speed": [f"x{speed}" for speed in SPEEDS]}
+
+
+class Playback(Dataset):
+    """The clips of a VideoClips for evaluation, played in six ways, with VideoClips' interface.
+
+    tasks: keys of TASKS. Files that are too short for the highest speed are left out, and a note
+    counts them: their last frame, repeated, would give the speed away. A file's clips are a group,
+    unless it has a group. Raises DataError if no file is long enough.
+    """
+
+    def __init__(self, clips, tasks):
+        self.class_names = {task: TASKS[task] for task in tasks}
+        self.name, self.splits, self.protocol = clips.name, clips.splits, clips.protocol
+        self.played = [at_speed(clips, speed) for speed in SPEEDS]
+        self.files = [i for i, path in enumerate(clips.paths) if is_long(path, self.played[-1])]
+        if len(self.files) < len(clips):
+            note(f"{len(clips) - len(self.files)} of {len(clips)} files are too short or unreadable "
+                 f"for {clips.request['num_frames']} frames at speed {SPEEDS[-1]} and are left out")
+        if not self.files:
+            raise DataError(f"{clips.name}: no file is long enough: lower --frame-step")
+        groups = clips.groups or clips.paths
+        self.groups = [groups[i] for i in self.files for _ in range(2 * len(SPEEDS))]
+
+    def __len__(self):
+        return len(self.groups)
+
+    def locate(self, sample_id):
+        """-> index of the file, of the speed, and 1 for backwards, 0 for forwards."""
+        file, way = divmod(int(sample_id), 2 * len(SPEEDS))
+        return self.files[file], *divmod(way, 2)
+
+    def batch(self, sample_ids):
+        """Batch of a list of sample ids; unreadable files are left out of it."""
+        clips, kept, bad = [], [], []
+        for sample_id in map(int, sample_ids):
+            file, speed, backwards = self.locate(sample_id)
+            read = self.played[speed].batch([file])
+            bad += read.bad
+            if not read.bad:
+                clips.append(read.clips.flip(-3) if backwards else read.clips)
+                kept.append(sample_id)
+        return Batch(torch.cat(clips) if clips else read.clips,
+                     torch.tensor(kept, dtype=torch.int64), bad)
+
+    def labels(self, sample_ids):
+        """{task: (B,) int64}."""
+        speed, backwards = torch.tensor([self.locate(i)[1:] for i in sample_ids]).T
+        return {task: {"arrow": backwards, "speed": speed}[task] for task in self.class_names}
+
+    def identity(self):
+        """Text that changes with the files, and with how clips are cut from them."""
+        return f"{SPEEDS} {self.files} {[clips.identity() for clips in self.played]}"
+
+
+def at_speed(clips, speed):
+    """The same files, played faster."""
+    faster, request = copy.copy(clips), clips.request
+    faster.request = {**request, "frame_step": speed * request["frame_step"],
+                      "fps": request["fps"] and request["fps"] / speed}
+    return faster
+
+
+def is_long(path, clips):
+    """Whether a file has all frames of a clip, by its header."""
+    try:
+        *_, seconds, frames = describe(path)
+    except (DataError, *DAMAGED):  # it is reported when it is read, by those that do not need this
+        return False
+    steps = clips.request["num_frames"] - 1
+    if fps := clips.request["fps"]:
+        return steps / fps < seconds
+    return steps * clips.request["frame_step"] < frames
