@@ -10,7 +10,6 @@ flip. So a run that is resumed, or that has more processes, sees exactly the sam
 decoding files is in video/, reading ahead in worker processes in runtime/loading.py.
 """
 
-import os
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from video.decode import (Batch, DataError, frame_files, normalize, random_resized_crop, read_clip,
+from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
-from video.listing import Texts, find_entries, number_labels, with_labels
+from video.listing import Texts, file_stamps, find_entries, number_labels, with_labels
 from video.synthetic import Synthetic
 
 
@@ -169,11 +168,8 @@ class VideoClips(Dataset):
 
     def identity(self):
         """Text that changes with the files, and with how clips are cut from them."""
-        files = [file for path in self.paths
-                 for file in (frame_files(path) if os.path.isdir(path) else [path])]
-        stats = [os.path.exists(file) and os.stat(file) for file in files]
-        stamps = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
-        return f"{files} {stamps} {self.request} {self.img_size} {self.seed} {self.protocol}"
+        return (f"{file_stamps(self.paths)} {self.request} {self.img_size} {self.seed} "
+                f"{self.protocol}")
 
 
 @lru_cache(maxsize=2)

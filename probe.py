@@ -2,6 +2,7 @@
 
     python probe.py                          the latest run in runs/
     python probe.py --checkpoint runs/NAME   that run; or a checkpoint file, published ones too
+    python probe.py --data videos/ --task arrow speed      without labels: which way, how fast?
     python probe.py --checkpoint vitl16.pth.tar --data train.csv --test-data val.csv --protocol k400
 
 The frozen target encoder encodes every clip once (runtime/features.py). Then three probes are
@@ -26,8 +27,8 @@ from torch import nn
 from data import DataError
 from model import MLP, init_weights
 from runtime import report
-from runtime.evaluation import CONTROLS, SourceConfig, compare, open_source
-from runtime.features import MotionEnergy, OneFrame, on_clips, open_splits, random_init_encoder
+from runtime.evaluation import CONTROLS, SourceConfig, compare, control, open_source
+from runtime.features import open_splits
 from runtime.flags import check, flag, parse
 from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
@@ -243,12 +244,8 @@ def main(config):
     """
     check(config)
     path, encoder, data, clip, protocol = open_source(config)
-    device = next(encoder.parameters()).device
-    controls = {
-        "random_init": lambda: on_clips(random_init_encoder(path, config.num_heads),
-                                        clip["num_frames"]).to(device),
-        "one_frame": lambda: OneFrame(encoder), "motion_energy": MotionEnergy}
-    encoders = {"trained": encoder, **{name: controls[name]() for name in config.controls}}
+    encoders = {"trained": encoder} | {
+        name: control(name, path, encoder, clip["num_frames"]) for name in config.controls}
     train_set, test_set, folds = open_splits(data, config.split, clip, config.test_data, **protocol,
                                               tasks=config.task)
     print(f"probing {path} on {train_set.name}: " + (

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from runtime import report
-from runtime.features import CACHE, PROTOCOLS, encode, open_encoder
+from runtime.features import (CACHE, PROTOCOLS, MotionEnergy, OneFrame, encode, on_clips,
+                              open_encoder, random_init_encoder)
 from runtime.flags import flag
 from runtime.loading import BadFiles, num_workers, progress
 from runtime.metrics import accuracy
@@ -43,6 +44,15 @@ def open_source(config):
                           config.frame_step, config.fps)
     segments, views = PROTOCOLS.get(config.protocol, (1, 1))
     return *opened, {"segments": config.segments or segments, "views": config.views or views}
+
+
+def control(name, path, encoder, num_frames):
+    """A module to probe in comparison with `encoder`, that of the checkpoint at `path`, on clips of
+    num_frames; name: one of CONTROLS."""
+    if name == "random_init":
+        device = next(encoder.parameters()).device
+        return on_clips(random_init_encoder(path, encoder.num_heads), num_frames).to(device)
+    return OneFrame(encoder) if name == "one_frame" else MotionEnergy()
 
 
 def compare(probe_all, encoders, train_set, test_set, folds, config):

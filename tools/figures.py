@@ -65,7 +65,8 @@ def summarize(dataset):
         except DataError as error:
             bad.append(f"unreadable: {error}")
     yield from (f"{count} x {kind}" for kind, count in kinds.most_common(8))
-    for name, values in zip(("height", "width", "seconds", "frames"), zip(*facts, strict=True), strict=False):
+    names = "height", "width", "seconds", "frames"
+    for name, values in zip(names, zip(*facts, strict=True), strict=False):
         yield f"{name} {min(values):.4g} to {max(values):.4g}, median {median(values):.4g}"
     yield from [f"{len(bad)} unreadable", *bad] if bad else []
 

@@ -66,6 +66,15 @@ def find_entries(path):
     return entries
 
 
+def file_stamps(paths):
+    """Names, sizes and times of the files of clips, which change with their content."""
+    files = [file for path in paths
+             for file in (frame_files(path) if os.path.isdir(path) else [path])]
+    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+    return [(file, stat and (stat.st_size, stat.st_mtime_ns))
+            for file, stat in zip(files, stats, strict=True)]
+
+
 def _read_list(file):
     """`path label` lines, or a table whose first line names path, label, class, group, split."""
     if not file.is_file():  # a device or pipe could be read without end

@@ -30,8 +30,8 @@ class Playback(Dataset):
         self.played = [at_speed(clips, speed) for speed in SPEEDS]
         self.files = [i for i, path in enumerate(clips.paths) if is_long(path, self.played[-1])]
         if len(self.files) < len(clips):
-            note(f"{len(clips) - len(self.files)} of {len(clips)} files are too short or unreadable "
-                 f"for {clips.request['num_frames']} frames at speed {SPEEDS[-1]} and are left out")
+            note(f"{len(clips) - len(self.files)} of {len(clips)} files are left out: too short or "
+                 f"unreadable for {clips.request['num_frames']} frames at speed {SPEEDS[-1]}")
         if not self.files:
             raise DataError(f"{clips.name}: no file is long enough: lower --frame-step")
         groups = clips.groups or clips.paths

@@ -42,7 +42,8 @@ def test_a_file_is_played_both_ways_at_three_speeds(folder, pace):
 def test_files_that_are_too_short_are_left_out_and_counted(folder, capsys):
     clips = Playback(open_small(folder, train=False), ["arrow"])
     assert len(clips) == 6 * 8 and list(clips.class_names) == ["arrow"]
-    assert "2 of 10 files are too short or unreadable for 4 frames at" in capsys.readouterr().err
+    note = "2 of 10 files are left out: too short or unreadable for 4 frames at speed 4"
+    assert note in capsys.readouterr().err
     with pytest.raises(DataError, match="no file is long enough: lower --frame-step"):
         Playback(open_small(folder / "short.mp4", train=False), ["arrow"])
 
