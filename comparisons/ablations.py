@@ -33,7 +33,7 @@ from runtime.report import column
 
 ROOT = Path(train.__file__).parent
 TRIAL_SEED = 1000  # of the trials of learning rates; tables use 0, 1, 2, ...
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)
 RUNS = {run: flags for table in TABLES.values() for run, flags in table.runs.items()}
 TUNED = ("vjepa", "pixels", "videomae", "videomae2", "ijepa", "mae", "dino")
 # The run whose trials choose the learning rate: pixels-0.5 -> pixels, tube-masks -> vjepa.
