@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 
 from comparisons import report
 from comparisons.report import Table
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize("better, worse, word", [
@@ -42,6 +45,12 @@ def test_means_and_deviations_are_over_the_seeds_of_a_run(tmp_path):
     assert runs["a"] == {"seed": [0, 1, 2], "motion attentive 1": [0.5, 0.5, 0.8]}
     assert report.cell(runs["a"]["motion attentive 1"]) == "0.600 +- 0.173"
     assert report.cell(None) == "-"
+
+
+def test_the_page_in_docs_is_that_of_the_csv_files_in_docs(tmp_path):
+    shutil.copytree(ROOT / "docs/ablations", tmp_path / "ablations")
+    report.write(tmp_path)
+    assert (tmp_path / "ablations.md").read_text() == (ROOT / "docs/ablations.md").read_text()
 
 
 def test_a_table_shows_means_spreads_and_verdicts():
