@@ -130,15 +130,14 @@ def build_tree(job, part, tree):
     for test in (HERE / "tests").glob("*.py"):
         shutil.copyfile(test, tree / "tests" / test.name)
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
-    # Only files that the project has: a student's conftest.py or torch.py could fake any result.
-    wanted = code_files()
     source = job.folder
     if (job.assignment, part) == (5, "d"):  # a report is judged by the project's own code
         source = ROOT
         for name in report_files(job.folder):
             copy_inside(job.folder, name, tree)
         shutil.copytree(HERE / "example", tree / "reference_example", dirs_exist_ok=True)
-    for name in wanted:
+    # Only files that the project has: a student's conftest.py or torch.py could fake any result.
+    for name in code_files():
         copy_inside(source, name, tree)
     for other, (file, name) in BLANKS[job.assignment].items():
         if other != part:

@@ -99,8 +99,7 @@ class Run:
             distributed.compile_blocks(model, len(samplers))
         if config.checkpoint_activations:
             distributed.checkpoint_activations(model)
-        self.compute_loss = distributed.wrap_ddp(model, world_size,
-                                                 config.compress_gradients)
+        self.compute_loss = distributed.wrap_ddp(model, world_size, config.compress_gradients)
         self.autocast = torch.autocast(device.type, distributed.DTYPES[precision],
                                        precision != "fp32")
 

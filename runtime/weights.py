@@ -72,11 +72,14 @@ def _load_safetensors(path):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            heads = (file.metadata() or {}).get("num_heads", "0")
-            return {"target_encoder": {key: file.get_tensor(key) for key in file.keys()},  # noqa: SIM118
-                    **({"num_heads": int(heads)} if heads.isdigit() and heads != "0" else {})}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            heads = (file.metadata() or {}).get("num_heads", "")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from None
+    checkpoint = {"target_encoder": weights}
+    if heads.isdigit() and int(heads):
+        checkpoint["num_heads"] = int(heads)
+    return checkpoint
 
 
 def damage(path):

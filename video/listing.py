@@ -163,6 +163,7 @@ def with_labels(found):
 
 @lru_cache  # once, although clips to train on and clips to test on may be in the same folder
 def note(text):
+    """Print a note on the first process."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
