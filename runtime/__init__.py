@@ -7,5 +7,5 @@ that takes the cores from those that have work. What the user has set stays as i
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU: iterations, a few microseconds
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU: iterations (docs/speed.md)
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # LLVM and Intel (macOS, conda): milliseconds

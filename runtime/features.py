@@ -28,6 +28,7 @@ from video.playback import Playback
 # Segments spread over a video, and views: crops spread over its longer side (paper, appendix).
 PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
 CACHE = Path("cache")
+LARGE = 20e6  # parameters of an encoder that takes seconds per clip on a CPU
 PROBE_SEED = 1_000_003  # no pretraining run has it, so synthetic clips are new to every encoder
 
 
@@ -118,6 +119,9 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
     bad_files: a loading.BadFiles; title: of the progress bar."""
     device = next((p.device for e in encoders for p in e.parameters()), torch.device("cpu"))
     precision = pick_precision("auto", device)
+    parameters = max(sum(p.numel() for p in encoder.parameters()) for encoder in encoders)
+    if device.type == "cpu" and parameters > LARGE:
+        clips_per_batch = 1  # takes no longer and less memory, and the progress bar moves
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
     batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
     loaded = loader(dataset, batches, num_workers)

@@ -144,6 +144,16 @@ def test_segments_follow_each_other_in_a_view(videos):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_large_encoders_get_one_clip_at_a_time_on_cpus(videos, monkeypatch):
+    dataset, encoder = open_clips([str(videos)], **CLIP, train=False), small_encoder()
+    [(_, [together])] = encode_batches([encoder], dataset, [1, 9, 2], BadFiles(12), 5)
+    monkeypatch.setattr(features, "LARGE", 0)
+    batches, tokens = zip(*encode_batches([encoder], dataset, [1, 9, 2], BadFiles(12), 5),
+                          strict=True)
+    assert [batch.sample_ids.tolist() for batch in batches] == [[1], [], [2]]  # 9 is unreadable
+    torch.testing.assert_close(torch.cat([t for [t] in tokens]), together, atol=1e-5, rtol=1e-5)
+
+
 def test_one_frame_sees_no_motion_and_motion_energy_sees_nothing_else():
     clips = torch.randn(2, 3, 4, 16, 16)
     still = clips[:, :, 2:3].expand_as(clips)

@@ -21,7 +21,7 @@ import {module}
 
 @pytest.mark.parametrize("module", ["train", "probe", "tools.visualize", "comparisons.ablations",
                                     "tests.conftest"])
-@pytest.mark.parametrize("own, expected", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+@pytest.mark.parametrize("own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
                                            ({"OMP_WAIT_POLICY": "active"}, "None")])
 def test_threads_are_kept_from_spinning_before_torch_is_loaded(module, own, expected):
     environment = {name: value for name, value in os.environ.items() if "SPINCOUNT" not in name}
