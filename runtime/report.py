@@ -1,8 +1,11 @@
 """What probe.py prints, writes and draws: tables, probe.json and confusion.png."""
 
 import json
+import math
 
 import numpy as np
+
+from video.playback import CLIPS_PER_FILE
 
 COLUMNS = ("trained", "random_init", "one_frame", "motion_energy")
 LEARNERS = COLUMNS[:2]  # probed with every fraction of the labels, not only with all
@@ -22,8 +25,9 @@ def write(folder, scores, confusion, class_names, label_fraction, made_with):
     print_tables(results, sorted({1.0, *label_fraction}, reverse=True), seeds, folds)
     clips = int(next(iter(confusion.values())).sum()) // seeds
     if clips:  # none without an attentive probe
-        print(f"\non {clips} test clips, accuracies around 0.5 differ by up to "
-              f"{1.96 * (0.5 / clips) ** 0.5:.3f} by chance (95 %)")
+        files = math.ceil(clips / (CLIPS_PER_FILE if made_with.get("task") else 1))
+        print(f"\non {clips} test clips{f' of {files} files' * (files < clips)}, accuracies around "
+              f"0.5 differ by up to {1.96 * (0.5 / files) ** 0.5:.3f} by chance (95 %)")
     write_json(folder, made_with, results, confusion, class_names)
     draw_confusion(confusion, class_names, folder / "confusion.png")
     print(f"written to {folder}/: probe.json, confusion.png")

@@ -13,6 +13,7 @@ from video.decode import DAMAGED, Batch, DataError, describe
 from video.listing import note
 
 SPEEDS = (1, 2, 4)
+CLIPS_PER_FILE = 2 * len(SPEEDS)
 TASKS = {"arrow": ["forwards", "backwards"], "speed": [f"x{speed}" for speed in SPEEDS]}
 
 
@@ -35,14 +36,14 @@ class Playback(Dataset):
         if not self.files:
             raise DataError(f"{clips.name}: no file is long enough: lower --frame-step")
         groups = clips.groups or clips.paths
-        self.groups = [groups[i] for i in self.files for _ in range(2 * len(SPEEDS))]
+        self.groups = [groups[i] for i in self.files for _ in range(CLIPS_PER_FILE)]
 
     def __len__(self):
         return len(self.groups)
 
     def locate(self, sample_id):
         """-> index of the file, of the speed, and 1 for backwards, 0 for forwards."""
-        file, way = divmod(int(sample_id), 2 * len(SPEEDS))
+        file, way = divmod(int(sample_id), CLIPS_PER_FILE)
         return self.files[file], *divmod(way, 2)
 
     def batch(self, sample_ids):

@@ -65,10 +65,13 @@ def test_the_clips_of_a_file_are_all_trained_on_or_all_tested_on(folder):
         open_splits(["synthetic"], "test", CLIP, tasks=["arrow"])
 
 
-def test_playback_is_probed_without_any_labels(folder, tmp_path, monkeypatch):
+def test_playback_is_probed_without_any_labels(folder, tmp_path, monkeypatch, capsys):
     train_here(tmp_path, monkeypatch, "--data", str(folder), "--steps", "1", "--frame-step", "2")
     results = probe.main(probe.Config(task=["arrow", "speed"], seeds=1, label_fraction=[],
                                       controls=["motion_energy"], workers=0))
     assert set(results) == {"arrow", "speed"}
     # Every frame is a little brighter than the one before, twice as much at twice the speed.
     assert results["speed"]["linear"]["motion_energy"] == 1
+    # A file's six clips succeed and fail together, so chance is that of the files.
+    assert "on 18 test clips of 3 files, accuracies around 0.5 differ by up to 0.800" in (
+        capsys.readouterr().out)
