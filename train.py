@@ -84,8 +84,8 @@ class Config:
     micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
     workers: int = flag(-1, "processes that decode; -1: one per core, at most 8", least=-1)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
-    precision: str = flag("auto", "auto: bf16 or fp16 on CUDA; on CPUs fp32, whose time bf16 cuts "
-                          "to 0.5 to 1.0 (docs/speed.md)", ("auto", *distributed.DTYPES))
+    precision: str = flag("auto", "auto: bf16 or fp16 on CUDA, fp32 on CPUs, where bf16 takes 0.5 "
+                          "to 1.1 of its time (docs/speed.md)", ("auto", *distributed.DTYPES))
     compile: str = flag("auto", "compile the blocks; auto: on CUDA", ("auto", "on", "off"))
     checkpoint_activations: bool = flag(False, "recompute activations in backward, to save memory")
     compress_gradients: bool = flag(False, "processes exchange gradients in bf16")

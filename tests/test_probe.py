@@ -266,7 +266,7 @@ def test_real_video_is_probed_by_groups_and_unreadable_files_are_reported_once(v
                  str(videos / "list.csv"), "--name", "real", script="train.py")
     assert result.returncode == 0, result.stderr
     result = run(tmp_path, "--seeds", "1", "--segments", "2", "--split", "leave-one-group-out",
-                 "--views", "2", "--label-fraction")
+                 "--views", "2", "--label-fraction", "--controls")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("b/3.mp4") == 1 and "1 unreadable files" in result.stdout
     assert "2 folds of 12 clips" in result.stdout
