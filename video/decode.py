@@ -262,12 +262,17 @@ def _converter(frame, crop):
     x = min(round(left * wide / width), wide - out_width)
     reformatter, size = VideoReformatter(), (tall, wide) if turns % 2 else (wide, tall)
 
-    def convert(frame):  # FFmpeg takes up to three times as long for interleaved colours
-        gbr = reformatter.reformat(frame, *size, "gbrp", interpolation="BILINEAR", **ONE_THREAD)
-        planes = [np.frombuffer(gbr.planes[i], np.uint8).reshape(size[1], -1)[:, :size[0]]
-                  for i in (2, 0, 1)]  # lines in memory may be longer
-        return np.stack([np.rot90(plane, turns)[y:y + out_height, x:x + out_width]
-                         for plane in planes])
+    # FFmpeg takes up to three times as long for interleaved colours. But if nothing is scaled, it
+    # leaves the last columns of planar ones as they were in memory.
+    layout = "rgb24" if size == (frame.width, frame.height) else "gbrp"
+
+    def convert(frame):
+        rgb = reformatter.reformat(frame, *size, layout, interpolation="BILINEAR", **ONE_THREAD)
+        colours = rgb.to_ndarray().transpose(2, 0, 1) if layout == "rgb24" else [
+            np.frombuffer(rgb.planes[i], np.uint8).reshape(size[1], -1)[:, :size[0]]
+            for i in (2, 0, 1)]  # lines in memory may be longer than the frame is wide
+        return np.stack([np.rot90(colour, turns)[y:y + out_height, x:x + out_width]
+                         for colour in colours])
     return convert
 
 

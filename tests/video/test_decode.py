@@ -142,6 +142,15 @@ def test_cropping_while_decoding_equals_torchvisions_resized_crop(tmp_path):
             assert np.abs(clip[0].astype(int) - expected).mean() < tolerance
 
 
+@pytest.mark.parametrize("width", [64, 66, 68, 70])
+@pytest.mark.parametrize("side", [48, 24, 96])
+def test_every_column_is_read_whatever_the_width(tmp_path, width, side):
+    path = write_video(tmp_path / "a.mp4", 4, width=width, options={"crf": "1"}, shade=60)
+    frame = read_clip(path, 1, 1, start=3, crop=partial(resize_short_side, side))[0]
+    right = frame[:, 3 * frame.shape[1] // 4:].astype(int)
+    assert frame.shape[:2] == (side, round(width * side / 48)) and abs(right - 180).max() < 5
+
+
 @pytest.mark.parametrize("height, width", [(256, 340), (340, 256), (100, 1000), (3, 3)])
 def test_random_crops_stay_in_their_ranges(height, width):
     for seed in range(100):
