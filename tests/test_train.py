@@ -11,7 +11,7 @@ import train
 from runtime import checkpoint
 from runtime.session import sample_ids
 from video.decode import DataError
-from tests.runs import (FAST, metrics, latest, run, same, same_losses, send_signal, signalled,
+from tests.runs import (FAST, ROOT, metrics, latest, run, same, same_losses, send_signal, signalled,
                         spoil_clips, together, train_here)
 
 
@@ -191,6 +191,25 @@ def test_published_presets_have_the_published_values():
     assert (huge.embed_dim, huge.depth, huge.num_heads) == (1280, 32, 16)
     assert (large.batch_size, large.steps, large.lr) == (3072, 90_000, 6.25e-4)
     assert large.init_std == 0.02
+
+
+@pytest.mark.parametrize("preset, millions, tokens", [
+    ("tiny", 0.95, 144), ("small", 2.96, 392), ("vitb16", 86.2, 1568), ("vitl16", 303.9, 1568),
+    ("vith16", 631.6, 1568), ("vith16_384", 631.6, 4608)])
+def test_every_preset_has_a_loss_and_the_size_in_docs_speed(preset, millions, tokens):
+    config = train.PRESETS[preset]
+    with torch.device("meta"):  # shapes without memory
+        model, samplers = train.build(config)
+        clips = torch.empty(2, 3, config.num_frames, config.img_size, config.img_size)
+        masks = [tuple(torch.empty(2, count, dtype=torch.int64)
+                       for count in (s.num_context, s.num_targets)) for s in samplers]
+        loss = model(clips, masks)
+        loss.backward()
+    assert loss.shape == () and math.prod(model.encoder.grid) == tokens
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.005)
+    assert f"| {preset} | {millions:.{1 if millions > 10 else 2}f} M |" in (
+        (ROOT / "docs/speed.md").read_text())
 
 
 def test_biases_and_norms_do_not_decay():
