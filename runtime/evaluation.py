@@ -32,7 +32,7 @@ class SourceConfig:
     num_heads: int = flag(0, "attention heads of the encoder; 0: as the checkpoint says", least=0)
     out: str = flag("", "folder for the results (default: beside the checkpoint)")
     cache: str = flag(str(CACHE), "folder for stored features; safe to delete")
-    batch_size: int = flag(50, "clips encoded at a time", least=1)
+    batch_size: int = flag(50, "clips encoded at a time; on CPUs at most 10", least=1)
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     workers: int = flag(-1, "processes that decode clips; -1: one per core, at most 8", least=-1)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))

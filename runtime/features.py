@@ -119,9 +119,9 @@ def encode_batches(encoders, dataset, sample_ids, bad_files, clips_per_batch, nu
     bad_files: a loading.BadFiles; title: of the progress bar."""
     device = next((p.device for e in encoders for p in e.parameters()), torch.device("cpu"))
     precision = pick_precision("auto", device)
-    parameters = max(sum(p.numel() for p in encoder.parameters()) for encoder in encoders)
-    if device.type == "cpu" and parameters > LARGE:
-        clips_per_batch = 1  # takes no longer and less memory, and the progress bar moves
+    if device.type == "cpu":  # few at a time take no longer and less memory, and the bar moves
+        parameters = max(sum(p.numel() for p in encoder.parameters()) for encoder in encoders)
+        clips_per_batch = min(clips_per_batch, 1 if parameters > LARGE else 10)
     samples = max(1, clips_per_batch // math.prod(getattr(dataset, "protocol", (1, 1))))
     batches = [sample_ids[i:i + samples] for i in range(0, len(sample_ids), samples)]
     loaded = loader(dataset, batches, num_workers)
