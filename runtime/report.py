@@ -25,9 +25,12 @@ def write(folder, scores, confusion, class_names, label_fraction, made_with):
     print_tables(results, sorted({1.0, *label_fraction}, reverse=True), seeds, folds)
     clips = int(next(iter(confusion.values())).sum()) // seeds
     if clips:  # none without an attentive probe
-        files = math.ceil(clips / (CLIPS_PER_FILE if made_with.get("task") else 1))
-        print(f"\non {clips} test clips{f' of {files} files' * (files < clips)}, accuracies around "
-              f"0.5 differ by up to {1.96 * (0.5 / files) ** 0.5:.3f} by chance (95 %)")
+        independent, what = clips, f"{clips} test clips"
+        if made_with.get("task"):  # the six clips of a file are right or wrong together
+            independent = math.ceil(clips / CLIPS_PER_FILE)
+            what += f" of {independent} files"
+        print(f"\non {what}, accuracies around 0.5 differ by up to "
+              f"{1.96 * (0.5 / independent) ** 0.5:.3f} by chance (95 %)")
     write_json(folder, made_with, results, confusion, class_names)
     draw_confusion(confusion, class_names, folder / "confusion.png")
     print(f"written to {folder}/: probe.json, confusion.png")

@@ -268,9 +268,11 @@ def _converter(frame, crop):
 
     def convert(frame):
         rgb = reformatter.reformat(frame, *size, layout, interpolation="BILINEAR", **ONE_THREAD)
-        colours = rgb.to_ndarray().transpose(2, 0, 1) if layout == "rgb24" else [
-            np.frombuffer(rgb.planes[i], np.uint8).reshape(size[1], -1)[:, :size[0]]
-            for i in (2, 0, 1)]  # lines in memory may be longer than the frame is wide
+        if layout == "rgb24":
+            colours = rgb.to_ndarray().transpose(2, 0, 1)
+        else:  # lines in memory may be longer than the frame is wide
+            colours = [np.frombuffer(rgb.planes[i], np.uint8).reshape(size[1], -1)[:, :size[0]]
+                       for i in (2, 0, 1)]
         return np.stack([np.rot90(colour, turns)[y:y + out_height, x:x + out_width]
                          for colour in colours])
     return convert

@@ -144,8 +144,11 @@ def test_segments_follow_each_other_in_a_view(videos):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_large_encoders_get_one_clip_at_a_time_on_cpus(videos, monkeypatch):
+def test_encoders_get_ten_clips_at_a_time_on_cpus_and_large_ones_one(videos, monkeypatch):
     dataset, encoder = open_clips([str(videos)], **CLIP, train=False), small_encoder()
+    sizes = [len(batch.sample_ids) for batch, _ in encode_batches(
+        [encoder], dataset, range(12), BadFiles(12), 50)]
+    assert sizes == [9, 2]  # one of the first ten is unreadable
     [(_, [together])] = encode_batches([encoder], dataset, [1, 9, 2], BadFiles(12), 5)
     monkeypatch.setattr(features, "LARGE", 0)
     batches, tokens = zip(*encode_batches([encoder], dataset, [1, 9, 2], BadFiles(12), 5),
