@@ -10,17 +10,23 @@ flip. So a run that is resumed, or that has more processes, sees exactly the sam
 decoding files is in video/, reading ahead in worker processes in runtime/loading.py.
 """
 
+import atexit
+import os
+import shutil
+import signal
+import weakref
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
 from video.listing import Texts, file_stamps, find_entries, number_labels, with_labels
+from video.playback import Playback
 from video.synthetic import Synthetic
 
 
@@ -181,3 +187,121 @@ def epoch_order(seed, epoch, length):
 def spread(count):
     """Positions in 0..1, evenly spread; a single one is in the middle."""
     return np.linspace(0, 1, count) if count > 1 else [0.5]
+
+
+def to_device(batch, device):
+    """A data.Batch -> normalized clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...].
+    """
+    return normalize(batch.clips.to(device, non_blocking=True)), [
+        tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
+
+
+def check_shared_memory(size):
+    """In a worker process: raise DataError if not every worker can pass on another `size` bytes.
+    Otherwise torch would lose the clips and wait for them forever."""
+    worker, folder = get_worker_info(), "/dev/shm"
+    if worker and os.path.isdir(folder):
+        needed, free = worker.num_workers * size, shutil.disk_usage(folder).free
+        if needed > free:
+            raise DataError(
+                f"{folder}: {worker.num_workers} workers need {needed / 1e9:.2g} GB for a batch of "
+                f"clips each, and {free / 1e9:.2g} GB are left: pass fewer --workers or a smaller "
+                "batch, or give the container more (docker run --shm-size 8g)")
+
+
+class BatchMaker:
+    """For a DataLoader: a list of sample ids -> Batch, with masks."""
+
+    def __init__(self, dataset, sample_masks):
+        self.dataset, self.sample_masks = dataset, sample_masks
+
+    def __getitem__(self, sample_ids):
+        batch = self.dataset.batch(sample_ids)
+        check_shared_memory(batch.clips.nbytes)
+        if self.sample_masks and len(batch.sample_ids):
+            batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
+        return batch
+
+
+def ignore_signals(worker):
+    """Ctrl-C in a terminal and SIGTERM from torchrun reach all processes, but the main process
+    decides what to do: it may want to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+open_loaders = weakref.WeakSet()
+
+
+@atexit.register
+def close_loaders():
+    """End all workers when an error ends the main process: Python sends them SIGTERM, which they
+    ignore, and would wait for them forever."""
+    for batches in list(open_loaders):
+        batches.close()
+
+
+def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
+    """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
+    Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError."""
+    loaded = _load(dataset, batches, num_workers, pin_memory, sample_masks)
+    open_loaders.add(loaded)
+    return loaded
+
+
+def _load(dataset, batches, num_workers, pin_memory, sample_masks):
+    try:
+        # Without a generator of its own, DataLoader would draw from torch's global random state.
+        yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,
+                              num_workers=num_workers, pin_memory=pin_memory,
+                              worker_init_fn=ignore_signals, generator=torch.Generator())
+        return
+    except DataError as error:  # a worker's error has its traceback in its text
+        message = str(error).strip().split("DataError: ")[-1]
+        error.__traceback__ = None  # which would keep the workers alive
+    raise DataError(message)
+
+
+def open_splits(data, split, clip, test_data=None, segments=1, views=1, tasks=()):
+    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
+
+    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
+    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
+    for each group. clip: as from open_encoder; views: of test clips only; tasks: of video/playback
+    instead of the clips' classes. Raises DataError.
+    """
+    def open_split(split, paths=data, **options):
+        clips = open_clips(paths, **clip, split=split, train=False, segments=segments,
+                           need_labels=not tasks, **options)
+        if tasks and not isinstance(clips, VideoClips):
+            raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")
+        return Playback(clips, tasks) if tasks else clips
+
+    leave_out = split == "leave-one-group-out"
+    train = open_split(None if leave_out or test_data else "train")
+    ids, groups = range(len(train)), train.groups
+    if test_data:
+        test = open_split(None, test_data, views=views,
+                          classes=getattr(train, "classes", None))
+        return train, test, [(ids, range(len(test)))]
+    if split not in train.splits and "val" in train.splits and not leave_out:
+        print(f"no '{split}' split: 'val' is used")
+        split = "val"
+    if split in train.splits:
+        test = open_split(split, views=views)
+        return train, test, [(ids, range(len(test)))]
+    if leave_out:
+        if not groups:
+            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
+        held_out = [{group} for group in sorted(set(groups))]
+    else:
+        print(f"no '{split}' split: every third {'group' if groups else 'clip'} is held out")
+        if groups:
+            order = sorted(set(groups))
+        else:  # every clip is its own group
+            [labels] = train.labels(ids).values()
+            groups, order = ids, labels.argsort(stable=True).tolist()
+        held_out = [set(order[::3])]
+    folds = [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
+             for test in held_out]
+    return train, open_split(None if leave_out else "train", views=views), folds

@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError
+from data import DataError, open_splits
 from model import MLP, init_weights
 from runtime import report
 from runtime.evaluation import CONTROLS, SourceConfig, compare, control, open_source
-from runtime.features import open_splits
 from runtime.flags import check, flag, parse
 from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict

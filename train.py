@@ -3,7 +3,7 @@
     python train.py                                   preset tiny on synthetic clips, on a laptop
     python train.py --preset small --data videos/     your own clips: class folders, file lists
     python train.py --preset vitl16 --data k710.csv   the paper's ViT-L/16 on one GPU
-    python train.py --method videomae                 another method (comparisons/), same loop
+    python -m baselines.videomae                      another method, the same loop (baselines/)
     torchrun --standalone --nproc_per_node 8 train.py --preset vitl16 --data k710.csv     one node
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         train.py --preset vitl16 --data k710.csv      two nodes: the same line on both
@@ -23,11 +23,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import ema
-from comparisons import methods
 from data import DataError
 from masks import MultiBlockMask
 from model import VJEPA
 from runtime import distributed
+from runtime.device import DTYPES
 from runtime.flags import check, flag, parse
 from runtime.session import Run, catch_signals
 from runtime.weights import CheckpointError
@@ -37,7 +37,8 @@ from runtime.weights import CheckpointError
 class Config:
     """Everything a run depends on. The defaults are the paper's ViT-L/16."""
 
-    method: str = flag("vjepa", "what to train (comparisons/methods.py)", methods.METHODS)
+    method = "vjepa"  # not a flag: a baseline's Config has a name of its own
+
     init: str = flag("", "start from the weights of a run or checkpoint, published ones too")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
@@ -61,8 +62,6 @@ class Config:
     aspect_ratio: list[float] = flag([0.75, 1.5], "range of height / width", above=0, interval=True)
     context_ratio: list[float] = flag([0.20, 0.07], "tokens kept as context", above=0, most=1)
     target_ratio: list[float] = flag([0.50, 0.70], "tokens kept as targets", above=0, most=1)
-    masking: str = flag("", "'': the method's own masks", ("", *methods.SAMPLERS))
-    mask_ratio: float = flag(0.0, "of random and tube masks; 0: the method's", least=0, most=1)
     steps: int = flag(90_000, "optimizer steps", least=1)
     batch_size: int = flag(3072, "clips per optimizer step, over all processes", least=1)
     warmup: float = flag(12 / 90, "fraction of the steps with rising rate", least=0, most=1)
@@ -85,7 +84,7 @@ class Config:
     workers: int = flag(-1, "processes that decode; -1: one per core, at most 8", least=-1)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto: bf16 or fp16 on CUDA, fp32 on CPUs, where bf16 takes 0.5 "
-                          "to 1.1 of its time (docs/speed.md)", ("auto", *distributed.DTYPES))
+                          "to 1.1 of its time (docs/speed.md)", ("auto", *DTYPES))
     compile: str = flag("auto", "compile the blocks; auto: on CUDA", ("auto", "on", "off"))
     checkpoint_activations: bool = flag(False, "recompute activations in backward, to save memory")
     compress_gradients: bool = flag(False, "processes exchange gradients in bf16")
@@ -108,7 +107,66 @@ PRESETS = {
 }
 
 
-def main(config, run_dir, restart=False, signals=()):
+def schedules_at(step, config):
+    """Learning rate, weight decay and momentum of step 0, 1, ..."""
+    total = round(config.steps * config.schedule_stretch)
+    return (lr_at(step + 1, total, config), weight_decay_at(step + 1, total, config),
+            ema.momentum_at(step, total, config.momentum_start, config.momentum_end,
+                            config.momentum_schedule))
+
+
+def lr_at(step, total_steps, config):
+    """Learning rate after `step` = 1, 2, ... steps: linear warm-up, then a cosine to lr_end."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.lr_start + step / warmup * (config.lr - config.lr_start)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.lr_end + (config.lr - config.lr_end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def weight_decay_at(step, total_steps, config):
+    """Weight decay after `step` = 1, 2, ... steps: a cosine to weight_decay_end."""
+    start, end = config.weight_decay, config.weight_decay_end
+    return end + (start - end) * (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+def set_hyperparameters(optimizer, lr, weight_decay):
+    """Set the learning rate of both groups of build_optimizer and the first one's decay."""
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+        group.update(lr=lr, weight_decay=decay)
+
+
+def build_optimizer(model, config):
+    """AdamW with two groups: weights, and biases and other 1-D parameters, which do not decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]},
+              {"params": [p for p in trained if p.ndim == 1]}]
+    return torch.optim.AdamW(groups, lr=config.lr_start, betas=(0.9, 0.999), eps=1e-8,
+                             fused=trained[0].device.type in ("cpu", "cuda"))
+
+
+def build(config):
+    """The networks, on the CPU, and one mask sampler per mask set.
+
+    Initial weights depend on the sizes and the seed alone. Raises ValueError for sizes or masks
+    that do not fit together.
+    """
+    settings = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
+    if len({len(values) for values in settings}) > 1:
+        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio need "
+                         "one number per mask set each")
+    torch.manual_seed(config.seed)
+    model = VJEPA(config.img_size, config.patch_size, config.num_frames, config.tubelet_size, 3,
+                  config.embed_dim, config.depth, config.num_heads, config.mlp_ratio,
+                  config.predictor_dim, config.predictor_depth, len(config.num_blocks),
+                  config.init_std or None)
+    samplers = [MultiBlockMask(model.encoder.grid, num_blocks, scale, config.aspect_ratio, context,
+                               target)
+                for num_blocks, scale, context, target in zip(*settings, strict=True)]
+    return model, samplers
+
+
+def main(config, run_dir, restart=False, build=build, signals=()):
     """Train from the start, or from the last checkpoint in run_dir, to the last step.
 
     restart: start over and keep the old folder; signals: a list as from session.catch_signals.
@@ -162,76 +220,17 @@ def main(config, run_dir, restart=False, signals=()):
     return run.dir
 
 
-def schedules_at(step, config):
-    """Learning rate, weight decay and momentum of step 0, 1, ..."""
-    total = round(config.steps * config.schedule_stretch)
-    return (lr_at(step + 1, total, config), weight_decay_at(step + 1, total, config),
-            ema.momentum_at(step, total, config.momentum_start, config.momentum_end,
-                            config.momentum_schedule))
-
-
-def lr_at(step, total_steps, config):
-    """Learning rate after `step` = 1, 2, ... steps: linear warm-up, then a cosine to lr_end."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.lr_start + step / warmup * (config.lr - config.lr_start)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return config.lr_end + (config.lr - config.lr_end) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def weight_decay_at(step, total_steps, config):
-    """Weight decay after `step` = 1, 2, ... steps: a cosine to weight_decay_end."""
-    start, end = config.weight_decay, config.weight_decay_end
-    return end + (start - end) * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def set_hyperparameters(optimizer, lr, weight_decay):
-    """Set the learning rate of both groups of build_optimizer and the first one's decay."""
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
-        group.update(lr=lr, weight_decay=decay)
-
-
-def build_optimizer(model, config):
-    """AdamW with two groups: weights, and biases and other 1-D parameters, which do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1]},
-              {"params": [p for p in trained if p.ndim == 1]}]
-    return torch.optim.AdamW(groups, lr=config.lr_start, betas=(0.9, 0.999), eps=1e-8,
-                             fused=trained[0].device.type in ("cpu", "cuda"))
-
-
-def build(config):
-    """The networks, on the CPU, and one mask sampler per mask set.
-
-    Initial weights depend on the sizes and the seed alone. Raises ValueError for sizes or masks
-    that do not fit together.
+def parse_args(arguments=None, config_class=Config, description=__doc__):
+    """Command line -> (config_class, the run's folder, restart). Exits with 2 if it makes no sense.
     """
-    if config.method != "vjepa" or config.masking not in ("", "multi-block") or config.mask_ratio:
-        return methods.build(config)
-    settings = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
-    if len({len(values) for values in settings}) > 1:
-        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio need "
-                         "one number per mask set each")
-    torch.manual_seed(config.seed)
-    model = VJEPA(config.img_size, config.patch_size, config.num_frames, config.tubelet_size, 3,
-                  config.embed_dim, config.depth, config.num_heads, config.mlp_ratio,
-                  config.predictor_dim, config.predictor_depth, len(config.num_blocks),
-                  config.init_std or None)
-    samplers = [MultiBlockMask(model.encoder.grid, num_blocks, scale, config.aspect_ratio, context,
-                               target)
-                for num_blocks, scale, context, target in zip(*settings, strict=True)]
-    return model, samplers
-
-
-def parse_args(arguments=None):
-    """Command line -> (Config, the run's folder, restart). Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python train.py [--preset NAME] [--FIELD VALUE ...]", allow_abbrev=False)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--preset NAME] [--FIELD VALUE ...]", allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what to start from")
     parser.add_argument("--name", help="the run's folder is runs/NAME; default PRESET-seedSEED")
     parser.add_argument("--restart", action="store_true", help="start over; keep the old folder")
-    config, given = parse(parser, Config, arguments, lambda given: PRESETS[given.preset])
+    config, given = parse(parser, config_class, arguments,
+                          lambda given: config_class(**vars(PRESETS[given.preset])))
     method = "" if config.method == "vjepa" else f"-{config.method}"
     name = given.name or f"{given.preset}{method}-seed{config.seed}"
     if name in (".", "..") or Path(name).name != name:
@@ -239,8 +238,15 @@ def parse_args(arguments=None):
     return config, Path("runs", name), given.restart
 
 
-if __name__ == "__main__":
+def cli(config_class=Config, build=build, description=__doc__):
+    """Train what the command line asks for; a baseline passes a subclass of Config, its own `build`
+    and the text of its --help."""
     try:
-        main(*parse_args(), signals=catch_signals())
+        config, run_dir, restart = parse_args(None, config_class, description)
+        main(config, run_dir, restart, build, catch_signals())
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import resource
-import sys
 from functools import partial
 
 import torch
@@ -13,18 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from model import Block
-from video.decode import normalize
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name):
-    """--device -> torch.device; auto: the best there is. Raises ValueError if it is missing."""
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    found.append("cpu")
-    if name not in ("auto", *found):
-        raise ValueError(f"--device {name} is not available (found: {', '.join(found)})")
-    return torch.device(found[0] if name == "auto" else name)
+from runtime.device import pick_device
 
 
 def setup_device(name):
@@ -62,22 +49,11 @@ def split_batch(batch_size, micro_batch, world_size):
     return micro_batch, share // micro_batch
 
 
-def pick_precision(name, device):
-    """--precision -> fp32, bf16 or fp16; auto: the fastest that is safe. Raises ValueError."""
-    if name == "auto" and device.type != "cuda":
-        return "fp32"
-    if name == "auto":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if name == "fp16" and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks")
-    return name
-
-
-def pick_compile(name, device, masking):
+def pick_compile(name, device, samplers):
     """--compile -> whether to compile; auto: on CUDA, if shapes are fixed. Raises ValueError."""
-    shapes_vary = masking == "multi-block-truncated"
+    shapes_vary = any(getattr(sampler, "shapes_vary", False) for sampler in samplers)
     if name == "on" and shapes_vary:
-        raise ValueError(f"--compile on needs fixed shapes, but --masking {masking} varies them")
+        raise ValueError("--compile on needs masks of a fixed size")
     return name == "on" or name == "auto" and device.type == "cuda" and not shapes_vary
 
 
@@ -111,13 +87,6 @@ def wrap_ddp(model, world_size, compress=False):
     return ddp
 
 
-def to_device(batch, device):
-    """A data.Batch -> normalized clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...].
-    """
-    return normalize(batch.clips.to(device, non_blocking=True)), [
-        tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
-
-
 def mean_and_any(values, flags, device):
     """Means of values and "or" of flags over all processes, in one all_reduce: two lists."""
     sums = torch.cat([torch.stack([x.float() for x in values]),
@@ -135,11 +104,3 @@ def all_gather(obj):
     objects = [None] * dist.get_world_size()
     dist.all_gather_object(objects, obj)
     return objects
-
-
-def peak_memory(device):
-    """Most bytes used so far, on the GPU or by this process in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Batch, DataError, VideoClips, normalize, open_clips
-from runtime.loading import loader, progress
+from data import Batch, DataError, loader, normalize
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.checkpoint import CODE_VERSION
-from runtime.distributed import DTYPES, pick_device, pick_precision
+from runtime.device import DTYPES, pick_device, pick_precision
+from runtime.loading import progress
 from runtime.weights import encoder_sizes, latest_run, load_checkpoint, load_encoder
-from video.playback import Playback
 
 # Segments spread over a video, and views: crops spread over its longer side (paper, appendix).
 PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
@@ -224,48 +223,3 @@ def _store(files, batches, capacity):
     finally:
         for temporary in own:
             temporary.unlink(missing_ok=True)
-
-
-def open_splits(data, split, clip, test_data=None, segments=1, views=1, tasks=()):
-    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
-
-    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
-    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
-    for each group. clip: as from open_encoder; views: of test clips only; tasks: of video/playback
-    instead of the clips' classes. Raises DataError.
-    """
-    def open_split(split, paths=data, **options):
-        clips = open_clips(paths, **clip, split=split, train=False, segments=segments,
-                           need_labels=not tasks, **options)
-        if tasks and not isinstance(clips, VideoClips):
-            raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")
-        return Playback(clips, tasks) if tasks else clips
-
-    leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train")
-    ids, groups = range(len(train)), train.groups
-    if test_data:
-        test = open_split(None, test_data, views=views,
-                          classes=getattr(train, "classes", None))
-        return train, test, [(ids, range(len(test)))]
-    if split not in train.splits and "val" in train.splits and not leave_out:
-        print(f"no '{split}' split: 'val' is used")
-        split = "val"
-    if split in train.splits:
-        test = open_split(split, views=views)
-        return train, test, [(ids, range(len(test)))]
-    if leave_out:
-        if not groups:
-            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
-        held_out = [{group} for group in sorted(set(groups))]
-    else:
-        print(f"no '{split}' split: every third {'group' if groups else 'clip'} is held out")
-        if groups:
-            order = sorted(set(groups))
-        else:  # every clip is its own group
-            [labels] = train.labels(ids).values()
-            groups, order = ids, labels.argsort(stable=True).tolist()
-        held_out = [set(order[::3])]
-    folds = [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
-             for test in held_out]
-    return train, open_split(None if leave_out else "train", views=views), folds

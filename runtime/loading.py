@@ -1,15 +1,10 @@
-"""Reading clips in the background: worker processes, and what to do about unreadable files."""
+"""How many workers read clips, how far they are, and what to do about unreadable files."""
 
-import atexit
 import os
-import shutil
-import signal
 import sys
 import time
-import weakref
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from video.decode import DataError
@@ -17,7 +12,7 @@ from video.decode import DataError
 QUIET_SECONDS = 60  # without a terminal, to tell a run that works from one that hangs
 
 
-def evenly(total, most):
+def evenly_spaced(total, most):
     """At most `most` indices from 0 to total - 1, evenly spread: int64 (n,). So they come from all
     classes, which class folders list one after the other."""
     return torch.linspace(0, total - 1, min(most, total), dtype=torch.float64).round().long()
@@ -68,69 +63,3 @@ def num_workers(wanted):
     most 8 each."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
-
-
-def check_shared_memory(size):
-    """In a worker process: raise DataError if not every worker can pass on another `size` bytes.
-    Otherwise torch would lose the clips and wait for them forever."""
-    worker, folder = get_worker_info(), "/dev/shm"
-    if worker and os.path.isdir(folder):
-        needed, free = worker.num_workers * size, shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: {worker.num_workers} workers need {needed / 1e9:.2g} GB for a batch of "
-                f"clips each, and {free / 1e9:.2g} GB are left: pass fewer --workers or a smaller "
-                "batch, or give the container more (docker run --shm-size 8g)")
-
-
-class BatchMaker:
-    """For a DataLoader: a list of sample ids -> Batch, with masks."""
-
-    def __init__(self, dataset, sample_masks):
-        self.dataset, self.sample_masks = dataset, sample_masks
-
-    def __getitem__(self, sample_ids):
-        batch = self.dataset.batch(sample_ids)
-        check_shared_memory(batch.clips.nbytes)
-        if self.sample_masks and len(batch.sample_ids):
-            batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
-        return batch
-
-
-def ignore_signals(worker):
-    """Ctrl-C in a terminal and SIGTERM from torchrun reach all processes, but the main process
-    decides what to do: it may want to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-open_loaders = weakref.WeakSet()
-
-
-@atexit.register
-def close_loaders():
-    """End all workers when an error ends the main process: Python sends them SIGTERM, which they
-    ignore, and would wait for them forever."""
-    for batches in list(open_loaders):
-        batches.close()
-
-
-def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
-    """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
-    Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError."""
-    loaded = _load(dataset, batches, num_workers, pin_memory, sample_masks)
-    open_loaders.add(loaded)
-    return loaded
-
-
-def _load(dataset, batches, num_workers, pin_memory, sample_masks):
-    try:
-        # Without a generator of its own, DataLoader would draw from torch's global random state.
-        yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,
-                              num_workers=num_workers, pin_memory=pin_memory,
-                              worker_init_fn=ignore_signals, generator=torch.Generator())
-        return
-    except DataError as error:  # a worker's error has its traceback in its text
-        message = str(error).strip().split("DataError: ")[-1]
-        error.__traceback__ = None  # which would keep the workers alive
-    raise DataError(message)

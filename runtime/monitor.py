@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-from runtime.distributed import peak_memory
+from runtime.device import peak_memory
 from runtime.loading import QUIET_SECONDS
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import open_clips
+from data import loader, open_clips, to_device
 from masks import sample_masks
 from runtime import checkpoint, distributed, monitor
-from runtime.loading import BadFiles, evenly, loader, num_workers
+from runtime.device import DTYPES, pick_precision
+from runtime.loading import BadFiles, evenly_spaced, num_workers
 from runtime.metrics import feature_metrics
 from runtime.weights import init_networks, load_networks
 
@@ -73,8 +74,8 @@ class Run:
         if config.log and not find_spec(config.log):
             raise ValueError(f"--log {config.log}: the package {config.log} is not installed: "
                              f"pip install {config.log}")
-        precision = distributed.pick_precision(config.precision, device)
-        compiled = distributed.pick_compile(config.compile, device, config.masking)
+        precision = pick_precision(config.precision, device)
+        compiled = distributed.pick_compile(config.compile, device, samplers)
         self.micro_batch, self.accumulation = distributed.split_batch(
             config.batch_size, config.micro_batch, world_size)
         train_set, self.eval_set = open_datasets(config, model.encoder.num_frames)
@@ -100,7 +101,7 @@ class Run:
         if config.checkpoint_activations:
             distributed.checkpoint_activations(model)
         self.compute_loss = distributed.wrap_ddp(model, world_size, config.compress_gradients)
-        self.autocast = torch.autocast(device.type, distributed.DTYPES[precision],
+        self.autocast = torch.autocast(device.type, DTYPES[precision],
                                        precision != "fp32")
 
         self.sample_ids = partial(sample_ids, batch_size=config.batch_size, rank=rank,
@@ -143,7 +144,7 @@ class Run:
         """Clips (b, 3, T, H, W) and masks of the next micro-batch, on the device."""
         batch = self.log.next(self.batches)
         self.bad_files.report(batch)
-        return distributed.to_device(batch, self.device)
+        return to_device(batch, self.device)
 
     def gradient_sync(self, i):
         """DDP averages the gradients of all processes in the last backward pass of a step only."""
@@ -165,13 +166,13 @@ class Run:
 
     def evaluate(self):
         """Metrics of the features of a fixed set of clips: {name: float}."""
-        ids = evenly(len(self.eval_set), self.config.eval_clips)
+        ids = evenly_spaced(len(self.eval_set), self.config.eval_clips)
         parts = [part.tolist() for part in ids.split(self.micro_batch)]
         # The last part may be smaller, and compiling for its shape takes longer than running it.
         with self.autocast, torch.compiler.set_stance("force_eager"), self.log.paused():
             batches = loader(self.eval_set, parts, sample_masks=self.sample_masks)
             return feature_metrics(self.model, (
-                (*distributed.to_device(batch, self.device), self.eval_set.labels(batch.sample_ids))
+                (*to_device(batch, self.device), self.eval_set.labels(batch.sample_ids))
                 for batch in batches if len(batch.sample_ids)))
 
     def save(self, step):

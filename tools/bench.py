@@ -23,9 +23,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import DataError, VideoClips
+from data import DataError, VideoClips, loader, to_device
 from masks import sample_masks
-from runtime import distributed, loading
+from runtime import distributed
+from runtime.device import DTYPES, peak_memory, pick_precision
+from runtime.loading import num_workers
 from runtime.session import open_datasets
 
 WARM_UP, STEPS, CLIPS = 5, 20, 100
@@ -65,8 +67,8 @@ def training_step(config, model, optimizer, batches, device, precision, parts):
         with parts("data wait"):
             batch = next(batches)
         with parts("to the device"):
-            clips, masks = distributed.to_device(batch, device)
-        with torch.autocast(device.type, distributed.DTYPES[precision], precision != "fp32"):
+            clips, masks = to_device(batch, device)
+        with torch.autocast(device.type, DTYPES[precision], precision != "fp32"):
             loss = model(clips, masks)
         with parts("backward"):
             loss.backward()
@@ -89,18 +91,18 @@ def count_flops(step, parts):
 def bench(config):
     """Take some training steps and print how long each part takes; config: train.Config."""
     _, _, device = distributed.setup_device(config.device)
-    precision = distributed.pick_precision(config.precision, device)
+    precision = pick_precision(config.precision, device)
     micro_batch, _ = distributed.split_batch(config.batch_size, config.micro_batch, 1)
     model, samplers = train.build(config)
     optimizer = train.build_optimizer(model.to(device), config)
     dataset, _ = open_datasets(config, model.encoder.num_frames)
     ids = chain([[0], [0]], (list(range(i, i + micro_batch)) for i in count(0, micro_batch)))
-    batches = loading.loader(dataset, ids, loading.num_workers(config.workers),
+    batches = loader(dataset, ids, num_workers(config.workers),
                              device.type == "cuda", partial(sample_masks, samplers, seed=0))
     parts = Parts()
     step = training_step(config, model, optimizer, batches, device, precision, parts)
     n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device).to(distributed.DTYPES[precision])
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[precision])
 
     def now():
         if device.type != "cpu":  # wait until the device has finished its work
@@ -115,7 +117,7 @@ def bench(config):
     parts.measure(step, now)  # starts the loader's processes, which must not inherit the counter
     # Of one clip, because plain attention takes far more memory than the fused one.
     flops = {part: micro_batch * number for part, number in count_flops(step, parts).items()}
-    if distributed.pick_compile(config.compile, device, config.masking):
+    if distributed.pick_compile(config.compile, device, samplers):
         distributed.compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
         distributed.checkpoint_activations(model)
@@ -127,7 +129,7 @@ def bench(config):
     speed = sum(flops.values()) / total
     print(f"step             {total * 1e3:.1f} ms, {micro_batch / total:.1f} clips/s, "
           f"{micro_batch} clips")
-    print(f"peak memory      {distributed.peak_memory(device) / 1e9:.2f} GB")
+    print(f"peak memory      {peak_memory(device) / 1e9:.2f} GB")
     print(f"model            {speed / 1e12:.3f} TFLOP/s, {speed / peak:.0%} of the "
           f"{peak / 1e12:.3f} TFLOP/s of a large matrix product in {precision}")
     print("by component     ms        share   of the peak")

@@ -15,7 +15,7 @@ import torch
 from comparisons.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
-from runtime.loading import evenly
+from runtime.loading import evenly_spaced
 from tools.visualize import draw_films, tokens_to_pixels
 from video.decode import denormalize, describe, normalize, read_clip
 
@@ -48,7 +48,7 @@ def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
 
 
 def summarize(dataset):
-    """Lines about a data set and about up to 500 of its files, evenly spread."""
+    """Lines about a data set and about up to 500 of its files, evenly_spaced spread."""
     yield f"{dataset.name}: {len(dataset)} clips"
     labels = dataset.labels(range(len(dataset)))
     for task, names in dataset.class_names.items():
@@ -56,7 +56,7 @@ def summarize(dataset):
         sizes = ", ".join(f"{name} ({n})" for name, n in zip(names, counts, strict=True))
         yield f"{task}: {len(names)} classes: {sizes[:1000]}"
     paths, kinds, facts, bad = getattr(dataset, "paths", []), Counter(), [], []
-    for path in (paths[i] for i in evenly(len(paths), 500)):
+    for path in (paths[i] for i in evenly_spaced(len(paths), 500)):
         try:
             read_clip(path, 1, 1)
             kind, *numbers = describe(path)
@@ -74,7 +74,7 @@ def summarize(dataset):
 def draw_clips(dataset, file):
     """A contact sheet: 8 clips, from as many classes as possible, with their captions."""
     labels = next(iter(dataset.labels(range(len(dataset))).values()), torch.zeros(len(dataset)))
-    batch = dataset.batch(labels.argsort(stable=True)[evenly(len(labels), 8)].tolist())
+    batch = dataset.batch(labels.argsort(stable=True)[evenly_spaced(len(labels), 8)].tolist())
     if not len(batch.clips):
         raise DataError(f"none of {len(batch.bad)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]

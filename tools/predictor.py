@@ -22,15 +22,13 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from data import DataError
+from data import DataError, loader, open_splits, to_device
 from masks import sample_masks
 from model import gather_tokens
 from probe import fit_linear
-from runtime.distributed import to_device
 from runtime.evaluation import SourceConfig, open_source
-from runtime.features import open_splits
 from runtime.flags import parse
-from runtime.loading import BadFiles, loader, num_workers
+from runtime.loading import BadFiles, num_workers
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from tools.visualize import tokens_to_pixels
 from video.decode import denormalize

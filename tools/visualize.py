@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from comparisons.mae import unpatchify
-from data import DataError, open_clips
+from data import DataError, open_clips, open_splits
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
 from probe import fit_attentive, split_for_validation
-from runtime.features import encode, open_encoder, open_splits
-from runtime.loading import BadFiles, evenly, num_workers
+from runtime.features import encode, open_encoder
+from runtime.loading import BadFiles, evenly_spaced, num_workers
 from runtime.metrics import standardize
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
@@ -40,7 +40,7 @@ def draw_films(films, captions, title, file, height=0.6):
     captions: text beside the first film of each clip, instead of its name; height: inches per row.
     """
     frames = torch.stack(list(films.values()), dim=1)  # (m, films, T, H, W, 3)
-    frames = F.pad(frames[:, :, evenly(frames.shape[2], 8)], (0, 0, 1, 1, 1, 1), value=1.0)
+    frames = F.pad(frames[:, :, evenly_spaced(frames.shape[2], 8)], (0, 0, 1, 1, 1, 1), value=1.0)
     m, n, T, H, W, _ = frames.shape
     names = [name if i else captions[clip] for clip in range(m) for i, name in enumerate(films)]
     figure = Figure((height * T * W / H + 2, height * m * n + 1), layout="constrained")
@@ -64,7 +64,7 @@ def tokens_to_pixels(values, grid, tubelet):
 def principal_colours(tokens):
     """Colour tokens (n, N, D) by their first three principal components: RGB (n, N, 3) in 0..1."""
     tokens = tokens.float() - tokens.float().mean(0)  # otherwise colours would show position
-    sample = tokens.flatten(0, 1)[evenly(tokens.shape[0] * tokens.shape[1], 20_000)]
+    sample = tokens.flatten(0, 1)[evenly_spaced(tokens.shape[0] * tokens.shape[1], 20_000)]
     directions = torch.linalg.svd(sample, full_matrices=False).Vh[:3].T  # (D, 3)
     low, high = torch.quantile(sample @ directions, torch.tensor([0.02, 0.98]), dim=0)
     return ((tokens @ directions - low) / (high - low)).clamp(0, 1)
@@ -158,7 +158,7 @@ def draw_neighbours(dataset, test, queries, file):
 def encode_some(encoder, dataset, sample_ids, most=2000):
     """Features of at most `most` clips. Raises DataError if fewer than two are readable."""
     # Evenly spread, because class folders are listed class by class.
-    sample_ids = [sample_ids[i] for i in evenly(len(sample_ids), most)]
+    sample_ids = [sample_ids[i] for i in evenly_spaced(len(sample_ids), most)]
     [features] = encode([encoder], dataset, sample_ids, BadFiles(len(sample_ids)),
                         title="encoding clips", num_workers=num_workers(-1))
     if len(features.sample_ids) < 2:
@@ -185,7 +185,7 @@ def main(arguments=None):
     train, test = (encode_some(encoder, dataset, sample_ids)
                    for dataset, sample_ids in zip((train_set, test_set), ids, strict=True))
     labels = next(iter(test.labels.values()), torch.zeros(len(test.sample_ids)))
-    shown = labels.argsort(stable=True)[evenly(len(labels), 6)]  # (m,): from many classes
+    shown = labels.argsort(stable=True)[evenly_spaced(len(labels), 6)]  # (m,): from many classes
     clips = read(test_set, [test.sample_ids[i] for i in shown])  # (m, 3, T, H, W)
     images, captions = denormalize(clips), [test_set.caption(test.sample_ids[i]) for i in shown]
     network = getattr(encoder, "encoder", encoder)  # of single frames, if wrapped by on_clips
@@ -210,7 +210,7 @@ def main(arguments=None):
     if "target_encoder" in checkpoint and any("mask_tokens" in key
                                               for key in checkpoint.get("predictor", ())):
         # The decoder learns from single tokens, so the number of clips depends on their tokens.
-        some = evenly(len(train.sample_ids), 50_000 // math.prod(network.grid))
+        some = evenly_spaced(len(train.sample_ids), 50_000 // math.prod(network.grid))
         train_clips = read(train_set, [train.sample_ids[i] for i in some])
         films = prediction_films(load_vjepa(path).eval(), *(
             c[:, :, :network.num_frames] for c in (clips[:2], train_clips)))  # I-JEPA: one frame

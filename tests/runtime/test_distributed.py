@@ -3,7 +3,7 @@ import torch
 
 import ema
 import train
-from runtime import distributed
+from runtime import device, distributed
 from tests.runs import latest, metrics, same_losses, train_here
 
 
@@ -41,13 +41,13 @@ def test_a_scaler_that_searches_its_scale_is_not_a_fault(tmp_path, monkeypatch):
 
 def test_precision_follows_the_device(monkeypatch):
     cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
-    assert (distributed.pick_precision("auto", cpu) == distributed.pick_precision("auto", mps)
+    assert (device.pick_precision("auto", cpu) == device.pick_precision("auto", mps)
             == "fp32")
     for supported, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)  # noqa: B023
-        assert distributed.pick_precision("auto", cuda) == expected
+        assert device.pick_precision("auto", cuda) == expected
     with pytest.raises(ValueError, match="gradient scaler, which mps lacks"):
-        distributed.pick_precision("fp16", mps)
+        device.pick_precision("fp16", mps)
 
 
 def test_blocks_are_compiled_on_cuda_if_shapes_are_fixed():
@@ -63,7 +63,7 @@ def test_blocks_are_compiled_on_cuda_if_shapes_are_fixed():
 def test_a_missing_device_is_named_with_those_that_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--device cuda is not available \(found: .*cpu\)"):
-        distributed.pick_device("cuda")
+        device.pick_device("cuda")
 
 
 def test_a_process_without_exchange_has_its_own_means():
@@ -75,9 +75,9 @@ def test_a_process_without_exchange_has_its_own_means():
 
 
 def test_peak_memory_counts_what_was_allocated():
-    before = distributed.peak_memory(torch.device("cpu"))
+    before = device.peak_memory(torch.device("cpu"))
     block = torch.ones(int(before / 4 + 2.5e7))  # 100 MB more than ever before
-    assert distributed.peak_memory(torch.device("cpu")) > before + 5e7
+    assert device.peak_memory(torch.device("cpu")) > before + 5e7
     assert block[0] == 1
 
 

@@ -5,13 +5,13 @@ import torch
 from PIL import Image
 
 import train as train_module
-from data import DataError, open_clips
+from data import DataError, open_clips, open_splits
 from model import VJEPA, VisionTransformer
 from runtime import features
 from runtime.loading import BadFiles
 from runtime.session import open_datasets
 from runtime.features import (MotionEnergy, OneFrame, encode, encode_batches, on_clips,
-                              open_encoder, open_splits, random_init_encoder)
+                              open_encoder, random_init_encoder)
 from tests.conftest import GOLDEN
 from tests.runs import FAST, SERVER
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data import DataError, open_clips
+import data
+from data import DataError, loader, open_clips
 from masks import MultiBlockMask, sample_masks
 from runtime import loading
-from runtime.loading import BadFiles, evenly, loader, num_workers, progress
+from runtime.loading import BadFiles, evenly_spaced, num_workers, progress
 from tests.runs import ROOT, run
 from video.decode import Batch
 
@@ -89,11 +90,11 @@ def test_bad_files_are_reported_once_and_too_many_stop_the_run(capsys):
 
 def test_too_little_shared_memory_is_an_error_and_not_a_hang(monkeypatch):
     dataset = SimpleNamespace(batch=lambda ids: Batch(torch.ones(len(ids), 10_000), ids, []))
-    batch_maker = loading.BatchMaker(dataset, None)
+    batch_maker = data.BatchMaker(dataset, None)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e5))
-    monkeypatch.setattr(loading.os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(data.os.path, "isdir", lambda path: True)
     batch_maker[[0, 1]]  # in the main process
-    monkeypatch.setattr(loading, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    monkeypatch.setattr(data, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
     batch_maker[[0]]  # 40 kB
     with pytest.raises(DataError, match="2 workers need .* fewer --workers"):
         batch_maker[[0, 1]]
@@ -116,6 +117,6 @@ def test_minus_one_worker_means_a_share_of_the_cores(monkeypatch):
 
 
 def test_indices_are_evenly_spread_and_distinct():
-    assert evenly(11, 3).tolist() == [0, 5, 10]
-    assert evenly(2, 6).tolist() == [0, 1]
-    assert evenly(0, 6).tolist() == []
+    assert evenly_spaced(11, 3).tolist() == [0, 5, 10]
+    assert evenly_spaced(2, 6).tolist() == [0, 1]
+    assert evenly_spaced(0, 6).tolist() == []
