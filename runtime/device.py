@@ -1,21 +1,30 @@
-"""Which device and precision to use, and how much memory was used."""
+"""Devices, precision, memory, and how processes find each other."""
 
 import math
+import os
 import sys
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name):
-    """--device -> torch.device; auto: the best there is. Raises ValueError if it is missing."""
+    """--device -> torch.device; auto: the best there is, and a GPU for each process of torchrun.
+    Raises ValueError if it is missing."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     found.append("cpu")
     if name not in ("auto", *found):
         raise ValueError(f"--device {name} is not available (found: {', '.join(found)})")
-    return torch.device(found[0] if name == "auto" else name)
+    device = torch.device(found[0] if name == "auto" else name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there is no GPU {device.index}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_precision(name, device):
@@ -38,3 +47,22 @@ def peak_memory(device):
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def rendezvous():
+    """The store in which the processes that torchrun started find each other's addresses."""
+    store, *_ = next(dist.rendezvous("env://"))
+    # It outlives the processes: those restarted must not find the addresses of the dead ones in it.
+    # Only on a single machine do all processes count restarts alike.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store
+
+
+def all_gather(obj):
+    """A list with every process's obj, which can be anything that pickles."""
+    if not dist.is_initialized():
+        return [obj]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, obj)
+    return objects

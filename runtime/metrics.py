@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 
 def rankme(features):
-    """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values).
-    NaN if a feature is not finite."""
+    """Effective rank of features less their mean (Garrido et al. 2023), (n, D) -> 1 to D:
+    exp(entropy of singular values). NaN if a feature is not finite."""
     if not features.isfinite().all():
         return math.nan
     values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no SVD
@@ -35,7 +35,8 @@ def knn_votes(train, labels, test, k=10):
     similarity = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T  # (m, n)
     if test is train:
         similarity.fill_diagonal_(-1e9)
-    weight, nearest = similarity.topk(min(k, len(train) - 1), dim=1)  # (m, k)
+    others = len(train) - (test is train)
+    weight, nearest = similarity.topk(min(k, others), dim=1)  # (m, k)
     votes = torch.zeros(len(test), int(labels.max()) + 1, device=test.device)
     return votes.scatter_add_(1, labels[nearest], (weight / 0.07).exp())
 
@@ -71,9 +72,9 @@ def feature_metrics(model, batches):
     """Is a model learning or collapsing? {name: float} of (clips, masks, labels {task: (B,)}), ...
 
     Of the probed network's layer-normed features: std_clips, over clips at a position (0: all clips
-    look the same); std_tokens, over a clip's tokens; rankme; knn_TASK, k-NN accuracy. For methods
-    with targets relative_loss, the loss over that of the best prediction that knows nothing but
-    positions (1: content is not used).
+    look the same); std_tokens, over a clip's tokens; knn_TASK, k-NN accuracy. Of its features as
+    they are: rankme. For methods with targets relative_loss, the loss over that of the best
+    prediction that knows nothing but positions (1: content is not used).
     """
     features, targets, losses, labels = [], [], [], {}
     network = getattr(model, model.probed_network)
@@ -83,14 +84,16 @@ def feature_metrics(model, batches):
             if hasattr(model, "targets"):
                 targets.append(model.targets(clips).float())
                 losses.append(model(clips, masks).float())
-        features.append(F.layer_norm(tokens, tokens.shape[-1:]))
+        features.append(tokens)
         for task, values in batch_labels.items():
             labels.setdefault(task, []).append(values.to(clips.device))
     features = torch.cat(features)  # (n, N, D)
     tokens = features.flatten(0, 1)
+    rank = rankme(tokens[::math.ceil(len(tokens) / 4096)])  # before they are normalized
+    features = F.layer_norm(features, features.shape[-1:])
     metrics = {"std_clips": features.std(0).mean().item(),
                "std_tokens": features.std(1).mean().item(),
-               "rankme": rankme(tokens[::math.ceil(len(tokens) / 4096)])}
+               "rankme": rank}
     if targets:
         targets = torch.cat(targets)  # (n, N, P)
         # Absolute errors are least for the median of the targets, squared ones for their mean.

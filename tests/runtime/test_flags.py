@@ -41,7 +41,7 @@ def test_an_interval_is_two_numbers_in_order(values, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"lr": math.nan}, {"aspect_ratio": [2.0, 1.0]},
-                                     {"method": "none"}])
+                                     {"momentum_schedule": "none"}])
 def test_ranges_are_checked_from_python_too(changes, tmp_path):
     config = dataclasses.replace(train.parse_args(FAST)[0], **changes)
     with pytest.raises(ValueError, match="--" + next(iter(changes)).replace("_", "-")):
