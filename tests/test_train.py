@@ -1,18 +1,23 @@
 import math
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import ema
 import train
 from runtime import checkpoint
-from train import sample_ids
+from runtime.weights import CheckpointError
 from video.decode import DataError
-from tests.runs import (FAST, ROOT, metrics, latest, run, same, same_losses, send_signal, signalled,
-                        spoil_clips, together, train_here)
+from tests.runs import (FAST, ROOT, command, metrics, latest, run, same, same_losses, send_signal,
+                        signalled, spoil_clips, together, train_here)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +99,42 @@ def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
     assert same(latest(tmp_path, "killed"), latest(two_processes, "two"))
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        received = train.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_all_processes_stop_at_the_same_step_if_one_gets_a_signal(tmp_path):
     codes, output = together(tmp_path, "--name", "run", first=partial(send_signal, 3, 1, "SIGTERM"))
     assert codes == [143, 143]
     # The signal came after the third step's exchange, so that the fourth is the last.
     assert "stopped after step 4; the same command continues from there" in output
     assert latest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
+
+
+def test_processes_whose_torchrun_is_killed_end_with_a_checkpoint(tmp_path):
+    flags = ["--name", "run", "--steps", "100000", "--eval-every", "100000"]
+    launcher = subprocess.Popen(command(*flags, processes=2), cwd=tmp_path,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file = tmp_path / "runs/run/metrics.csv"
+    while launcher.poll() is None and (not file.exists() or file.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    lock = FileLock(tmp_path / "runs/run/.lock")
+    with lock.acquire(timeout=60):  # the first process has ended
+        assert latest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run"))
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
@@ -174,7 +209,7 @@ def test_processes_take_every_sample_id_once(world_size, micro_batch):
     for first, last in (0, 5), (3, 5):  # from the start, and resumed after step 3
         taken = [i for step in range(first, last) for part in range(accumulation)
                  for rank in range(world_size)
-                 for i in sample_ids(step, part, batch_size, rank, world_size, micro_batch)]
+                 for i in train.sample_ids(step, part, batch_size, rank, world_size, micro_batch)]
         assert taken == list(range(first * batch_size, last * batch_size))
 
 
@@ -282,11 +317,12 @@ def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     (["--num-blocks", "8", "40"], "num_blocks"),
     (["--data", "."], "no "),
     (["--device", "cuda"], "--device cuda"),
+    (["--init", "nothere"], "nothere: no such checkpoint"),
 ])
 def test_an_impossible_run_is_an_error_before_training(flags, says, tmp_path, monkeypatch):
     if flags == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has the device that is said to be missing")
-    with pytest.raises((ValueError, DataError), match=says) as raised:
+    with pytest.raises((ValueError, DataError, CheckpointError), match=says) as raised:
         train_here(tmp_path, monkeypatch, *flags)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 

@@ -101,7 +101,7 @@ def test_a_run_with_dropout_resumes_bit_for_bit(tmp_path, finished):
     assert "resumed after step 2" in (tmp_path / "killed/output.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_current_step_and_leaves_a_checkpoint(number, tmp_path):
     flags = ["--name", "run", "--steps", "4000", "--save-every", "4000", "--workers", "1"]
     process = subprocess.Popen(command(*flags), cwd=tmp_path, text=True, start_new_session=True,
