@@ -36,17 +36,16 @@ def test_curves_are_drawn_from_what_was_measured(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def evaluations(*pairs):
-    rows = [{"step": str(i), "std_clips": "", "rankme": ""} for i in range(len(pairs))]
-    return rows + [{"step": str(100 * i), "std_clips": str(std), "rankme": str(rank)}
-                   for i, (std, rank) in enumerate(pairs)]
+def evaluations(*stds):
+    rows = [{"step": str(i), "std_clips": ""} for i in range(len(stds))]
+    return rows + [{"step": str(100 * i), "std_clips": str(std)} for i, std in enumerate(stds)]
 
 
 def test_three_low_evaluations_in_a_row_warn_once_with_the_usual_causes():
-    healthy, flat, narrow = (0.6, 40), (0.2, 40), (0.6, 9)
+    healthy, flat = 0.6, 0.2
     assert run_log.collapse_warning(evaluations()) is None
-    assert run_log.collapse_warning(evaluations(flat, flat, healthy, flat, narrow)) is None
-    warning = run_log.collapse_warning(evaluations(healthy, flat, narrow, flat))
+    assert run_log.collapse_warning(evaluations(flat, flat, healthy, flat, flat)) is None
+    warning = run_log.collapse_warning(evaluations(healthy, flat, flat, flat))
     assert "since step 100: " in warning and "\n" not in warning
     assert all(cause in warning for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
     assert run_log.collapse_warning(evaluations(flat, flat, flat, flat)) is None
