@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 
 import ema
+import model
 import train
 from runtime import checkpoint
 from runtime.weights import CheckpointError
@@ -150,6 +151,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     assert saved["skipped"] == 1 and saved["opt"]["state"][0]["step"] == 5
     error = capsys.readouterr().err
     assert "step 3 skipped: loss nan" in error and "; samples 8 to 9\n" in error
+
+
+def test_evaluations_run_without_dropout_and_training_goes_on_with_it(tmp_path, monkeypatch):
+    modes, forward = [], model.Block.forward
+    monkeypatch.setattr(model.Block, "forward",
+                        lambda self, x: modes.append(self.training) or forward(self, x))
+    train_here(tmp_path, monkeypatch, "--steps", "2", "--eval-every", "1", "--eval-clips", "4")
+    step = [True] * 5  # blocks of the target encoder, and of encoder and predictor per mask set
+    assert modes == 2 * (step + [False] * len(step))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch, capsys):
