@@ -37,7 +37,8 @@ from data import DataError, loader, open_clips, to_device
 from masks import MultiBlockMask, sample_masks
 from model import VJEPA, Block
 from runtime import checkpoint
-from runtime.device import DTYPES, all_gather, pick_device, pick_precision, rendezvous
+from runtime.device import (DTYPES, all_gather, can_compile, pick_device, pick_precision,
+                            rendezvous)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, evenly_spaced, num_workers
 from runtime.log import Log, check_logger, print_summary
@@ -77,7 +78,7 @@ class Config:
     aspect_ratio: list[float] = flag([0.75, 1.5], "range of height / width", above=0, interval=True)
     context_ratio: list[float] = flag([0.20, 0.07], "tokens kept as context", above=0, most=1)
     target_ratio: list[float] = flag([0.50, 0.70], "tokens kept as targets", above=0, most=1)
-    steps: int = flag(90_000, "optimizer steps", least=1)
+    steps: int = flag(90_000, "optimizer steps", least=1, most=9_999_999)
     batch_size: int = flag(3072, "clips per optimizer step, over all processes", least=1, most=10e6)
     warmup: float = flag(12 / 90, "fraction of the steps with rising rate", least=0, most=1)
     lr_start: float = flag(2e-4, "learning rate before warm-up", least=0, most=1000)
@@ -94,10 +95,11 @@ class Config:
     eval_every: int = flag(500, "steps between evaluations of the features", least=1)
     eval_clips: int = flag(128, "clips used for these evaluations", least=2, most=10e6)
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
-    save_every: int = flag(500, "steps between checkpoints", least=1)
+    save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)
+    keep_every: int = flag(0, "keep a checkpoint every n steps; 0: only the last two", least=0)
     micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
-    workers: int = flag(-1, "processes that decode; -1: one per core, at most 8", least=-1,
-                        most=256)
+    workers: int = flag(-1, "processes that read clips; -1: one per core, at most 8, but none for "
+                        "synthetic clips on CPUs", least=-1, most=256)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "auto: bf16 or fp16 on CUDA, fp32 on CPUs, where bf16 takes 0.5 "
                           "to 1.1 of its time (docs/speed.md)", ("auto", *DTYPES))
@@ -112,7 +114,7 @@ PRESETS = {
         img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
         predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, lr=2e-3,
         momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
-        micro_batch=0, workers=0),
+        micro_batch=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr=5e-4, eval_every=100, micro_batch=0),
@@ -124,8 +126,8 @@ PRESETS = {
 
 # What may differ when a run is resumed: how it is computed, and how often it is saved. Another
 # device, precision or number of processes rounds differently, so only the bits change.
-MAY_CHANGE_ON_RESUME = {"save_every", "micro_batch", "workers", "device", "precision", "compile",
-                        "checkpoint_activations", "compress_gradients", "log", "init"}
+MAY_CHANGE_ON_RESUME = {"save_every", "keep_every", "micro_batch", "workers", "device", "precision",
+                        "compile", "checkpoint_activations", "compress_gradients", "log", "init"}
 
 
 def schedules_at(step, config):
@@ -299,7 +301,7 @@ def main(config, run_dir, restart=False, build=build, signals=()):
     if config.compile == "on" and shapes_vary:
         raise ValueError("--compile on needs masks of a fixed size")
     compiled = config.compile == "on" or (
-        config.compile == "auto" and device.type == "cuda" and not shapes_vary)
+        config.compile == "auto" and can_compile(device) and not shapes_vary)
 
     # Weights to start from, if the run has no checkpoint of its own yet.
     is_new = restart or not any(run_dir.glob("checkpoint-*.pt"))
@@ -335,10 +337,13 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         if config.compress_gradients:
             compute_loss.register_comm_hook(None, bf16_compress_hook)
 
-    # Workers read the batches ahead: this process's micro-batches of every step that is left.
+    # Workers read the batches ahead: this process's micro-batches of every step that is left. On a
+    # CPU, drawing synthetic clips in other processes would only take its cores away.
+    in_turn = config.workers < 0 and device.type == "cpu" and train_set.name == "synthetic"
+    workers = 0 if in_turn else num_workers(config.workers)
     ids = (sample_ids(step, i, config.batch_size, rank, world_size, micro_batch)
            for step in range(first_step, config.steps) for i in range(accumulation))
-    batches = loader(train_set, ids, num_workers(config.workers), device.type == "cuda",
+    batches = loader(train_set, ids, workers, device.type == "cuda",
                      partial(sample_masks, samplers, seed=config.seed))
     bad_files = BadFiles(len(train_set), config.max_bad)
     if rank == 0:
@@ -418,7 +423,7 @@ def main(config, run_dir, restart=False, build=build, signals=()):
                 writing.result()  # the one before; raises CheckpointError if it was not written
             state = checkpoint.state_of(step + 1, config, model, optimizer, scaler, skipped,
                                         consecutive_skips)
-            writing = writer.submit(checkpoint.save, run_dir, state)
+            writing = writer.submit(checkpoint.save, run_dir, state, config.keep_every)
         if stop:
             break
 
@@ -461,9 +466,15 @@ def parse_args(arguments=None, config_class=Config, description=__doc__):
 def cli(config_class=Config, build=build, description=__doc__):
     """Train what the command line asks for; a baseline passes a subclass of Config, its own `build`
     and the text of its --help."""
+    config, run_dir, restart = parse_args(None, config_class, description)
     try:
-        config, run_dir, restart = parse_args(None, config_class, description)
         main(config, run_dir, restart, build, catch_signals())
+    except torch.OutOfMemoryError:
+        share = config.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+        size = min(config.micro_batch or share, share)
+        smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), 1)
+        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} gives the same "
+                 "result with about half of it, --checkpoint-activations with about a third")
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 

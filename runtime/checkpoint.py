@@ -94,9 +94,10 @@ def _copy(state):
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
-def save(run_dir, state):
-    """Write checkpoint-STEP.pt with what state_of returned, and keep the one before. It gets its
-    name when it is complete: a crash leaves all or nothing. Raises CheckpointError."""
+def save(run_dir, state, keep_every=0):
+    """Write checkpoint-STEP.pt with what state_of returned, and keep the one before, and those of
+    every keep_every-th step. It gets its name when it is complete: a crash leaves all or nothing.
+    Raises CheckpointError."""
     path = run_dir / f"checkpoint-{state['step']:07d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
@@ -113,7 +114,9 @@ def save(run_dir, state):
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: not written ({reason})") from None
     files = sorted(run_dir.glob("checkpoint-*.pt"))
-    for file in set(files) - set(files[:files.index(path) + 1][-2:]):  # older, or later but corrupt
+    past = files[:files.index(path) + 1]  # those of later steps are corrupt
+    kept = {file for file in past if keep_every and int(file.stem.split("-")[1]) % keep_every == 0}
+    for file in set(files) - kept - set(past[-2:]):
         file.unlink()
 
 

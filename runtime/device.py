@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -36,6 +37,22 @@ def pick_precision(name, device):
     if name == "fp16" and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks")
     return name
+
+
+def can_compile(device):
+    """Whether blocks can be compiled for a GPU; if not, and it is one, a note says why."""
+    if device.type != "cuda":
+        return False
+    reason = None
+    if not find_spec("triton"):
+        reason = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        reason = "Triton needs a GPU of compute capability 7.0 or newer"
+    elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        reason = "there is no C compiler"
+    if reason and os.environ.get("RANK", "0") == "0":
+        print(f"note: blocks are not compiled: {reason}", file=sys.stderr)
+    return not reason
 
 
 def peak_memory(device):

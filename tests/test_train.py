@@ -320,6 +320,17 @@ def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     assert flags[0] in error.splitlines()[-1] and error.count("\n") == 2
 
 
+def test_a_gpu_with_too_little_memory_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.VJEPA, "forward", fail)
+    monkeypatch.setattr("sys.argv", ["train.py", *FAST])
+    with pytest.raises(SystemExit, match="^error: the GPU has too little memory: --micro-batch 2 "):
+        train.cli()
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--num-frames", "5"], "num_frames 5 is not divisible by tubelet_size 2"),
     (["--micro-batch", "3"], "--micro-batch 3 does not divide"),

@@ -325,3 +325,8 @@ def test_two_checkpoints_are_kept_and_none_from_the_future(copy):
         torch.amp.GradScaler("cpu", enabled=False), 0, 0))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-0000004.pt", "checkpoint-0000005.pt"]
+
+
+def test_every_nth_checkpoint_is_kept_besides_the_last_two(tmp_path, monkeypatch):
+    train_here(tmp_path, monkeypatch, "--steps", "9", "--save-every", "1", "--keep-every", "3")
+    assert sorted(path.stem[-1] for path in Path("runs/run").glob("*.pt")) == list("3689")

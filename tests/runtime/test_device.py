@@ -15,6 +15,19 @@ def test_precision_follows_the_device(monkeypatch):
         device.pick_precision("fp16", mps)
 
 
+@pytest.mark.parametrize("triton, capability, compiler, says", [
+    (True, (7, 0), "/usr/bin/cc", ""), (False, (9, 0), "/usr/bin/cc", "Triton is not installed"),
+    (True, (6, 1), "/usr/bin/cc", "capability 7.0"), (True, (9, 0), None, "no C compiler")])
+def test_where_blocks_cannot_be_compiled_a_note_says_why(triton, capability, compiler, says,
+                                                         monkeypatch, capsys):
+    monkeypatch.setattr(device, "find_spec", lambda name: triton)
+    monkeypatch.setattr(device.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert device.can_compile(torch.device("cuda")) == (not says)
+    assert says in capsys.readouterr().err
+    assert not device.can_compile(torch.device("cpu")) and capsys.readouterr().err == ""
+
+
 def test_a_missing_device_is_named_with_those_that_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--device cuda is not available \(found: .*cpu\)"):
