@@ -40,9 +40,9 @@ from runtime import checkpoint
 from runtime.device import (DTYPES, all_gather, can_compile, pick_device, pick_precision,
                             rendezvous)
 from runtime.flags import check, flag, parse
-from runtime.loading import BadFiles, evenly_spaced, num_workers
+from runtime.loading import BadFiles, num_workers
 from runtime.log import Log, check_logger, print_summary
-from runtime.metrics import feature_metrics
+from runtime.metrics import evaluation_ids, feature_metrics
 from runtime.weights import CheckpointError, init_networks
 
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
@@ -226,19 +226,12 @@ def checkpoint_activations(model):
             block.forward = partial(recompute_in_backward, block.forward, use_reentrant=False)
 
 
-def evaluate(model, dataset, samplers, micro_batch, config, device, autocast):
-    """Metrics of the probed network's features, of a fixed set of clips: {name: float}."""
-    parts = evenly_spaced(len(dataset), config.eval_clips).split(micro_batch)
-    batches = loader(dataset, [part.tolist() for part in parts],
-                     sample_masks=partial(sample_masks, samplers, seed=config.seed))
-    model.eval()  # without dropout, if you add some
-    # The last batch may be smaller, and compiling for its shape takes longer than running it.
-    with autocast, torch.compiler.set_stance("force_eager"):
-        metrics = feature_metrics(model, (
-            (*to_device(batch, device), dataset.labels(batch.sample_ids))
-            for batch in batches if len(batch.sample_ids)))
-    model.train()
-    return metrics
+def labelled(batches, dataset, bad_files, device):
+    """Yield (clips, masks, labels {task: (B,)}) of each of a loader's batches, on the device."""
+    for batch in batches:
+        bad_files.report(batch)
+        if len(batch.sample_ids):
+            yield *to_device(batch, device), dataset.labels(batch.sample_ids)
 
 
 def catch_signals():
@@ -343,9 +336,10 @@ def main(config, run_dir, restart=False, build=build, signals=()):
     workers = 0 if in_turn else num_workers(config.workers)
     ids = (sample_ids(step, i, config.batch_size, rank, world_size, micro_batch)
            for step in range(first_step, config.steps) for i in range(accumulation))
-    batches = loader(train_set, ids, workers, device.type == "cuda",
-                     partial(sample_masks, samplers, seed=config.seed))
+    draw_masks = partial(sample_masks, samplers, seed=config.seed)
+    batches = loader(train_set, ids, workers, device.type == "cuda", draw_masks)
     bad_files = BadFiles(len(train_set), config.max_bad)
+    eval_ids = evaluation_ids(eval_set, config.eval_clips)[rank::world_size].split(micro_batch)
     if rank == 0:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         print_summary(config, model, samplers, run_dir, first_step, device, [
@@ -405,11 +399,18 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         scaler.update()
         optimizer.zero_grad()
 
-        # The loss does not measure progress, because its targets move. These metrics do.
+        # The loss does not measure progress, because its targets move. These metrics do. Every
+        # process encodes its share of the clips, and all get the metrics of all clips.
         metrics = {}
         if (step + 1) % config.eval_every == 0:
-            with log.paused():
-                metrics = evaluate(model, eval_set, samplers, micro_batch, config, device, autocast)
+            eval_batches = labelled(
+                loader(eval_set, [ids.tolist() for ids in eval_ids], workers,
+                       device.type == "cuda", draw_masks), eval_set, bad_files, device)
+            model.eval()  # without dropout, if you add some
+            # The last batch may be smaller, and compiling for its shape takes longer than running.
+            with log.paused(), autocast, torch.compiler.set_stance("force_eager"):
+                metrics = feature_metrics(model, eval_batches, eval_set.class_names, device)
+            model.train()
         log.step(step + 1, loss, lr, weight_decay, momentum, grad_norms, skipped, metrics)
         if consecutive_skips >= MAX_SKIPS:
             raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""Devices, precision, memory, and how processes find each other."""
+"""Devices, precision, memory, and how processes find each other and share what they have."""
 
 import math
 import os
@@ -74,6 +74,25 @@ def rendezvous():
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     return store
+
+
+def gather_rows(parts, device):
+    """Concatenate the tensors of all processes along their first axis: a list per process, which
+    may be empty -> a tensor, or None if all are. Every process gets it."""
+    own = torch.cat(parts) if parts else None
+    if not dist.is_initialized():
+        return own
+    shapes = all_gather(None if own is None else (own.shape, own.dtype))
+    if not any(shapes):
+        return None
+    shape, dtype = next(filter(None, shapes))
+    counts = [found[0][0] if found else 0 for found in shapes]
+    padded = torch.zeros(max(counts), *shape[1:], dtype=dtype, device=device)
+    if own is not None:
+        padded[:len(own)] = own
+    everything = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everything, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everything, counts, strict=True)])
 
 
 def all_gather(obj):

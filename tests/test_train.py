@@ -74,6 +74,15 @@ def test_two_processes_do_not_change_losses(uninterrupted, two_processes):
     same_losses(metrics(two_processes, "two"), metrics(uninterrupted, "whole"))
 
 
+def test_processes_share_the_clips_of_an_evaluation_and_find_the_same(uninterrupted, two_processes):
+    for ours, theirs in zip(metrics(two_processes, "two"), metrics(uninterrupted, "whole"),
+                            strict=True):
+        for column in ("std_clips", "std_tokens", "relative_loss", "knn_motion", "knn_appearance"):
+            assert bool(ours[column]) == (int(ours["step"]) % 3 == 0)
+            if ours[column]:
+                assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
+
+
 @pytest.mark.parametrize("processes, flags", [
     (1, ["--micro-batch", "1"]), (2, ["--micro-batch", "1", "--checkpoint-activations"]), (4, [])])
 def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path, processes, flags):
