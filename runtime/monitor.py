@@ -13,7 +13,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from runtime.device import peak_memory
-from runtime.loading import QUIET_SECONDS
+from runtime.loading import SECONDS_BETWEEN_LINES
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
            "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
@@ -107,7 +107,7 @@ class Monitor:
             tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
         left = timedelta(seconds=round(
             (self.config.steps - step) * elapsed / (step - self.evaluated)))
-        quiet = self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS
+        quiet = self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES
         if evaluation or quiet:
             shown |= {"left": left} if quiet else {}
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
