@@ -14,7 +14,7 @@ from statistics import mean
 from tqdm import tqdm
 
 from runtime.device import peak_memory
-from runtime.loading import QUIET_SECONDS
+from runtime.loading import SECONDS_BETWEEN_LINES
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
            "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
@@ -113,7 +113,7 @@ class Log:
             tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
         left = timedelta(seconds=round(
             (self.config.steps - step) * elapsed / (step - self.evaluated)))
-        is_due = self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS
+        is_due = self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES
         if evaluation or is_due:
             shown |= {"left": left} if is_due else {}
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}

@@ -79,7 +79,7 @@ def make_log(folder, rank=0):
 
 def test_without_a_terminal_a_line_says_from_time_to_time_how_far_it_is(tmp_path, monkeypatch,
                                                                         capsys):
-    monkeypatch.setattr(run_log, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(run_log, "SECONDS_BETWEEN_LINES", -1)
     train_here(tmp_path, monkeypatch)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step  ")]
     assert [int(line.split()[1]) for line in lines if "left 0:00:0" in line] == [1, 2, 3, 4, 5, 6]
