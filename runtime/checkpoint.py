@@ -25,7 +25,7 @@ NEEDED = "config", "opt", "scaler", "step", "skipped", "consecutive_skips"  # to
 def code_version():
     """12 hexadecimal digits that change with any Python file that training can import."""
     digest = hashlib.sha256()
-    for folder in (ROOT, ROOT / "runtime", ROOT / "video", ROOT / "comparisons"):
+    for folder in (ROOT, ROOT / "runtime", ROOT / "video", ROOT / "baselines"):
         for path in sorted(folder.glob("*.py")):
             digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -277,7 +277,7 @@ def test_every_python_file_that_training_can_import_counts_as_code(tmp_path, mon
     version = checkpoint.code_version()
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     versions = [version, checkpoint.code_version()]
-    for name in ("model.py", "blocks.py", "runtime/x.py", "video/x.py", "comparisons/x.py"):
+    for name in ("model.py", "blocks.py", "runtime/x.py", "video/x.py", "baselines/x.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
         versions.append(checkpoint.code_version())
