@@ -168,25 +168,35 @@ def build_optimizer(model, config):
                              fused=trained[0].device.type in ("cpu", "cuda"))
 
 
+def network_sizes(config):
+    """The sizes of a Config's networks, as arguments of VJEPA."""
+    names = ("img_size", "patch_size", "num_frames", "tubelet_size", "embed_dim", "depth",
+             "num_heads", "mlp_ratio", "predictor_dim", "predictor_depth")
+    return {name: getattr(config, name) for name in names} | {"init_std": config.init_std or None}
+
+
+def multi_block_masks(config, grid, sampler=MultiBlockMask):
+    """One mask sampler per mask set of a Config, for a grid (T', H', W') of tokens.
+
+    Raises ValueError for masks that do not fit together.
+    """
+    settings = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
+    if len({len(values) for values in settings}) > 1:
+        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio need "
+                         "one number per mask set each")
+    return [sampler(grid, num_blocks, scale, config.aspect_ratio, context, target)
+            for num_blocks, scale, context, target in zip(*settings, strict=True)]
+
+
 def build(config):
     """The networks, on the CPU, and one mask sampler per mask set.
 
     Initial weights depend on the sizes and the seed alone. Raises ValueError for sizes or masks
     that do not fit together.
     """
-    settings = config.num_blocks, config.spatial_scale, config.context_ratio, config.target_ratio
-    if len({len(values) for values in settings}) > 1:
-        raise ValueError("--num-blocks, --spatial-scale, --context-ratio and --target-ratio need "
-                         "one number per mask set each")
     torch.manual_seed(config.seed)
-    model = VJEPA(config.img_size, config.patch_size, config.num_frames, config.tubelet_size, 3,
-                  config.embed_dim, config.depth, config.num_heads, config.mlp_ratio,
-                  config.predictor_dim, config.predictor_depth, len(config.num_blocks),
-                  config.init_std or None)
-    samplers = [MultiBlockMask(model.encoder.grid, num_blocks, scale, config.aspect_ratio, context,
-                               target)
-                for num_blocks, scale, context, target in zip(*settings, strict=True)]
-    return model, samplers
+    model = VJEPA(**network_sizes(config), num_mask_sets=len(config.num_blocks))
+    return model, multi_block_masks(config, model.encoder.grid)
 
 
 def open_datasets(config, num_frames):

@@ -133,10 +133,11 @@ def together(folder, *flags, processes=2, first=None):
     return [child.exitcode for child in children], (folder / "output.txt").read_text()[before:]
 
 
-def train_here(folder, patch, *flags):
-    """Run in this process; patch: a MonkeyPatch."""
+def train_here(folder, patch, *flags, module=train):
+    """Run in this process; patch: a MonkeyPatch; module: of the method, such as baselines.mae."""
     patch.chdir(folder)
-    return train.main(*train.parse_args([*FAST, "--name", "run", *flags]))
+    config, run_dir, restart = train.parse_args([*FAST, "--name", "run", *flags], module.Config)
+    return train.main(config, run_dir, restart, build=module.build)
 
 
 def metrics(folder, name):
