@@ -7,7 +7,6 @@ import sys
 import time
 from functools import partial
 from itertools import count, islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,17 +282,6 @@ def test_workers_end_at_once_when_the_main_process_is_killed(tmp_path):
     finally:
         if group_exists(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_too_little_shared_memory_is_an_error_and_not_a_hang(monkeypatch):
-    dataset = SimpleNamespace(batch=lambda ids: Batch(torch.ones(len(ids), 10_000), ids, []))
-    batch_maker = data.BatchMaker(dataset, None)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e5))
-    monkeypatch.setattr(data.os.path, "isdir", lambda path: True)
-    monkeypatch.setattr(data, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
-    assert isinstance(batch_maker[[0]], Batch)  # 40 kB
-    error = batch_maker[[0, 1]]
-    assert isinstance(error, DataError) and "2 workers need" in str(error)
 
 
 def write_small_images(folder, names):
