@@ -23,7 +23,7 @@ from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
