@@ -215,10 +215,11 @@ def _numbered(frames):
 
 
 def _lacks_times(container, stream):
-    """Whether a format stores no presentation times, or few, so that FFmpeg guesses them, often
-    wrongly. In AVI they are those of decoding, unless frames are reordered."""
-    return container.format.name in ("mpeg", "mpegvideo", "m4v", "h264", "hevc") or (
-        container.format.name == "avi" and stream.codec_context.has_b_frames)
+    """Whether a format stores no or few presentation times, so that FFmpeg guesses them, often
+    wrongly. Some formats store decoding times, which are the same unless frames are reordered."""
+    name = container.format.name
+    return name in ("mpeg", "mpegvideo", "m4v", "h264", "hevc") or (
+        name in ("avi", "asf", "mxf") and stream.codec_context.has_b_frames)
 
 
 def count_frames(path):
@@ -450,6 +451,7 @@ def denormalize(clips):
 def describe(path):
     """Format, height, width, seconds and number of frames (0: unknown) of a file, by its header:
     ("h264, 30 frames/s", 48, 64, 2.5, 75). Raises DataError if its header is unreadable."""
+    path = os.fspath(path)
     try:
         if is_still(path):
             kind = "folder of frames" if os.path.isdir(path) else "image"
