@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from contextlib import suppress
@@ -26,6 +27,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size refuses such images
 av.logging.set_level(None)  # older torchvision versions switch FFmpeg's own messages on
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
