@@ -294,6 +294,9 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
     leave_out = split == "leave-one-group-out"
     train = open_split(None if leave_out or test_data else "train")
     ids, groups = range(len(train)), train.groups
+    if not leave_out and split not in ("test", "val", *train.splits):
+        raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "
+                        f"splits of {train.name}")
     if test_data:
         test = open_split(None, test_data, views=views,
                           classes=getattr(train, "classes", None))
@@ -304,15 +307,19 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
     if split in train.splits:
         test = open_split(split, views=views)
         return train, test, [(ids, range(len(test)))]
+    if groups and len(set(groups)) < 2:
+        raise DataError(f"{train.name}: all clips are of one group, so none can be held out")
     if leave_out:
         if not groups:
             raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
         held_out = [{group} for group in sorted(set(groups))]
     else:
-        print(f"no '{split}' split: every third {'group' if groups else 'clip'} is held out")
         if groups:
+            print(f"no '{split}' split: every third group is held out")
             order = sorted(set(groups))
         else:  # every clip is its own group
+            print(f"no '{split}' split: every third clip is held out. If several clips are from "
+                  "one video, name it in a column 'group' of a list, or training has seen it")
             [labels] = train.labels(ids).values()
             groups, order = ids, labels.argsort(stable=True).tolist()
         held_out = [set(order[::3])]

@@ -295,7 +295,7 @@ def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys
     train, _, [(train_ids, test_ids)] = open_splits([str(tmp_path)], "test", CLIP)
     assert sorted(train_ids + test_ids) == list(range(12)) and len(test_ids) == 4
     assert train.labels(test_ids)["class"].bincount().tolist() == [2, 2]
-    assert "held out" in capsys.readouterr().out
+    assert "every third clip is held out. If several clips are from" in capsys.readouterr().out
 
 
 def write_groups(folder):
@@ -322,6 +322,16 @@ def test_leave_one_group_out_tests_on_every_group_once(tmp_path):
     write_small_images(tmp_path / "x", ["a/1.png", "b/1.png"])
     with pytest.raises(DataError, match="needs a list with a group column"):
         open_splits([str(tmp_path / "x")], "leave-one-group-out", CLIP)
+
+
+def test_a_split_that_there_is_not_is_an_error(tmp_path):
+    write_small_images(tmp_path, [f"{label}/{i}.png" for label in "ab" for i in range(3)])
+    for paths in ([str(tmp_path)], ["synthetic"]):
+        with pytest.raises(DataError, match="--split abc is not one of test, val, leave-one-"):
+            open_splits(paths, "abc", CLIP)
+    (tmp_path / "list.csv").write_text("path,label,group\na/0.png,0,x\nb/1.png,1,x\n")
+    with pytest.raises(DataError, match="list.csv: all clips are of one group"):
+        open_splits([str(tmp_path / "list.csv")], "test", CLIP)
 
 
 def test_val_is_used_if_there_is_no_test_split(tmp_path, capsys):
