@@ -279,7 +279,7 @@ def open_splits(data, split, clip, test_data=None, segments=1, views=1, tasks=()
 
     leave_out = split == "leave-one-group-out"
     train = open_split(None if leave_out or test_data else "train")
-    ids, groups = range(len(train)), train.groups
+    ids = range(len(train))
     if test_data:
         test = open_split(None, test_data, views=views,
                           classes=getattr(train, "classes", None))
@@ -290,18 +290,27 @@ def open_splits(data, split, clip, test_data=None, segments=1, views=1, tasks=()
     if split in train.splits:
         test = open_split(split, views=views)
         return train, test, [(ids, range(len(test)))]
-    if leave_out:
-        if not groups:
-            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
-        held_out = [{group} for group in sorted(set(groups))]
-    else:
-        print(f"no '{split}' split: every third {'group' if groups else 'clip'} is held out")
-        if groups:
-            order = sorted(set(groups))
-        else:  # every clip is its own group
-            [labels] = train.labels(ids).values()
-            groups, order = ids, labels.argsort(stable=True).tolist()
-        held_out = [set(order[::3])]
-    folds = [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
-             for test in held_out]
+    if leave_out and not train.groups:
+        raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
+    if not leave_out:
+        print(f"no '{split}' split: every third {'group' if train.groups else 'clip'} is held out")
+    folds = hold_out(next(iter(train.labels(ids).values())), train.groups, leave_out)
     return train, open_split(None if leave_out else "train", views=views), folds
+
+
+def hold_out(labels, groups=None, leave_one_group_out=False):
+    """Split labelled clips -> folds [(train_ids, test_ids)], lists of indices.
+
+    Every third group is held out, or without groups every third clip of each class; or there is a
+    fold for each group. labels: (n,) int64; groups: n names, or None.
+    """
+    ids = range(len(labels))
+    if leave_one_group_out:
+        held_out = [{group} for group in sorted(set(groups))]
+    elif groups:
+        held_out = [set(sorted(set(groups))[::3])]
+    else:
+        groups = ids  # every clip is its own group
+        held_out = [set(labels.argsort(stable=True)[::3].tolist())]
+    return [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
+            for test in held_out]

@@ -1,6 +1,7 @@
 """Which device and precision to use, and how much memory was used."""
 
 import math
+import os
 import sys
 from importlib.util import find_spec
 
@@ -38,3 +39,15 @@ def peak_memory(device):
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def free_memory():
+    """Bytes of main memory that are free or can be freed; where that is unknown, all there are, or
+    infinity (Windows)."""
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split(":") for line in file)
+        return 1024 * int(sizes["MemAvailable"].split()[0])
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
