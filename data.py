@@ -1,4 +1,4 @@
-"""Data sets of clips: (seed, sample id) -> clip.
+"""Data sets of clips, and the loader that reads them ahead: (seed, sample id) -> clip.
 
     clips = open_clips(["videos/"], num_frames=16, frame_step=4, img_size=224)
     clips[7]                                         # (3, 16, 224, 224) float32, normalized
@@ -6,18 +6,21 @@
 A path is a text or CSV file of `path label` lines, a folder of CLASS/CLIP.mp4 (with or without
 train/ and val/ above), a folder of numbered frames or of images, a single file, or `synthetic`.
 Everything random is a function of (seed, sample id): the file, where the clip starts, its crop, its
-flip. So a run that is resumed, or that has more processes, sees exactly the same clips. Finding and
-decoding files is in video/, reading ahead in worker processes in runtime/loading.py.
+flip. A run that is resumed, or that has more processes, therefore sees exactly the same clips.
+Finding and decoding files is in video/.
 """
 
 import atexit
+import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
-import weakref
+import sys
+import traceback
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
-from video.listing import Texts, file_stamps, find_entries, number_labels, with_labels
+from video.listing import PackedStrings, load_entries, number_labels, with_labels
 from video.playback import Playback
 from video.synthetic import Synthetic
 
@@ -34,7 +37,7 @@ def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, spli
                **options):
     """The data set that the paths (list of str) point to; options as in VideoClips.
 
-    noise: std of the static over synthetic clips. Raises DataError.
+    noise: std of the noise over synthetic clips. Raises DataError.
     """
     if "synthetic" in paths:
         if len(paths) > 1 or options.get("fps") or options.get("weights") or any(
@@ -60,25 +63,29 @@ class VideoClips(Dataset):
     def __init__(self, paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, *,
                  fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1):
         self.name, self.train, self.seed, self.img_size = " ".join(paths), train, seed, img_size
-        self.request = {"num_frames": num_frames, "frame_step": frame_step, "fps": fps or None}
+        self.num_frames, self.frame_step, self.fps = num_frames, frame_step, fps
         self.protocol = segments, views
-        found = [(entry, source) for source, path in enumerate(paths)
-                 for entry in find_entries(Path(path))]
-        found = with_labels(found) if need_labels else found
-        self.splits = {entry.split for entry, _ in found if entry.split}
-        self.classes, labels = number_labels([entry for entry, _ in found], classes)
-        selected = [i for i, (e, _) in enumerate(found) if e.split in (None, split or e.split)]
-        if not selected:
+
+        entries = load_entries(paths)
+        if need_labels:
+            entries = with_labels(entries)
+        class_names, class_indices = number_labels(entries, classes)  # the same for all splits
+        self.splits = {entry.split for entry in entries if entry.split}
+        entries = [entry for entry in entries if entry.split in (None, split or entry.split)]
+        if not entries:
             raise DataError(f"{self.name}: nothing for {split}, only for "
                             f"{', '.join(sorted(self.splits))}")
-        entries, sources = zip(*(found[i] for i in selected), strict=True)
-        self.class_labels = torch.tensor(labels)[selected]  # -1: no label
-        self.classes = [] if None in [entry.label for entry in entries] else self.classes
-        self.class_names = {"class": self.classes} if self.classes else {}  # {task: names}
-        self.paths = Texts([entry.path for entry in entries])
-        groups = [entry.group for entry in entries]
-        self.groups = None if None in groups else groups
-        self.members = [np.flatnonzero(np.equal(sources, k)) for k in range(len(paths))]
+
+        self.paths = PackedStrings([entry.path for entry in entries])
+        self.class_labels = torch.tensor([class_indices.get(entry.label, -1) for entry in entries])
+        labelled = all(entry.label is not None for entry in entries)
+        self.classes = class_names if labelled else []
+        self.class_names = {"class": self.classes} if labelled else {}  # {task: names}
+        grouped = all(entry.group is not None for entry in entries)
+        self.groups = [entry.group for entry in entries] if grouped else None
+
+        sources = np.array([entry.source for entry in entries])
+        self.members = [np.flatnonzero(sources == k) for k in range(len(paths))]
         if weights and (len(weights) != len(paths) or min(weights) <= 0
                         or not all(map(len, self.members))):
             raise DataError(f"weights {weights}: one above 0 is needed for each of {self.name}, "
@@ -91,10 +98,15 @@ class VideoClips(Dataset):
         reasons = []
         for path in islice(self.paths, 10):
             try:
-                return read_clip(path, 1, 1, fps=self.request["fps"])
+                return read_clip(path, 1, 1, fps=self.fps)
             except DataError as error:
                 reasons.append(error)
         raise DataError(f"none of the first {len(reasons)} clips can be read: {reasons[0]}")
+
+    def read(self, index, position, crop):
+        """A clip of file `index`, from `position` in 0..1, as video.decode.read_clip returns it."""
+        return read_clip(self.paths[index], self.num_frames, self.frame_step, position=position,
+                         fps=self.fps, crop=crop)
 
     def __len__(self):
         return len(self.paths)
@@ -119,7 +131,7 @@ class VideoClips(Dataset):
                 if self.train:
                     raise
                 bad.append(str(error))
-        shape = 0, 3, self.request["num_frames"], self.img_size, self.img_size
+        shape = 0, 3, self.num_frames, self.img_size, self.img_size
         return Batch(torch.stack(clips) if clips else torch.zeros(shape, dtype=torch.uint8),
                      torch.tensor(kept, dtype=torch.int64), bad)
 
@@ -136,8 +148,7 @@ class VideoClips(Dataset):
                 index = order[sample_id % len(self)]
             position, flip = rng.random(), rng.random() < 0.5
             try:
-                clip = read_clip(self.paths[index], position=position, **self.request,
-                                 crop=partial(random_resized_crop, rng, self.img_size))
+                clip = self.read(index, position, partial(random_resized_crop, rng, self.img_size))
                 return to_tensor(clip[:, :, ::-1] if flip else clip)  # (3, T, H, W)
             except DataError as error:
                 bad.append(str(error))
@@ -145,16 +156,15 @@ class VideoClips(Dataset):
 
     def centre_clip(self, sample_id):
         """An evaluation clip, uint8: the middle of the file, or `segments` x `views` crops."""
-        size, side = self.img_size, round(self.img_size * 256 / 224)
-        read = partial(read_clip, self.paths[sample_id], **self.request,
-                       crop=partial(resize_short_side, side))
-        segments, views = map(spread, self.protocol)
-        clips = torch.stack([to_tensor(read(position=p)) for p in segments])  # (S, 3, T, H, W)
+        size, resize = self.img_size, partial(resize_short_side, round(self.img_size * 256 / 224))
+        segments, views = map(positions, self.protocol)
+        clips = torch.stack([to_tensor(self.read(sample_id, position, resize))
+                             for position in segments])  # (S, 3, T, H, W)
         height, width = clips.shape[-2:]
         crops = []
-        for place in views:
-            y = round((height - size) * (place if height > width else 0.5))
-            x = round((width - size) * (0.5 if height > width else place))
+        for position in views:
+            y = round((height - size) * (position if height > width else 0.5))
+            x = round((width - size) * (0.5 if height > width else position))
             crops.append(clips[..., y:y + size, x:x + size])
         clips = torch.stack(crops)  # (V, S, 3, T, H, W)
         return clips[0, 0] if self.protocol == (1, 1) else clips
@@ -169,13 +179,8 @@ class VideoClips(Dataset):
 
     def caption(self, sample_id):
         """What to write beside an evaluation clip's picture."""
-        name = Path(self.paths[sample_id]).name
+        name = os.path.basename(self.paths[sample_id])
         return f"{self.classes[self.class_labels[sample_id]]}\n{name}" if self.classes else name
-
-    def identity(self):
-        """Text that changes with the files, and with how clips are cut from them."""
-        return (f"{file_stamps(self.paths)} {self.request} {self.img_size} {self.seed} "
-                f"{self.protocol}")
 
 
 @lru_cache(maxsize=2)
@@ -184,8 +189,8 @@ def epoch_order(seed, epoch, length):
     return np.random.default_rng((0, seed, epoch)).permutation(length)
 
 
-def spread(count):
-    """Positions in 0..1, evenly spread; a single one is in the middle."""
+def positions(count):
+    """Evenly spaced positions in 0..1; a single one is in the middle."""
     return np.linspace(0, 1, count) if count > 1 else [0.5]
 
 
@@ -196,11 +201,34 @@ def to_device(batch, device):
         tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
 
 
+class BatchMaker:
+    """For a DataLoader: a list of sample ids -> Batch, with masks, or in a worker an exception."""
+
+    def __init__(self, dataset, sample_masks):
+        self.dataset, self.sample_masks = dataset, sample_masks
+
+    def make_batch(self, sample_ids):
+        batch = self.dataset.batch(sample_ids)
+        if self.sample_masks and len(batch.sample_ids):
+            batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
+        return batch
+
+    def __getitem__(self, sample_ids):
+        try:
+            batch = self.make_batch(sample_ids)
+            check_shared_memory(batch.clips.nbytes)
+            return batch
+        except DataError as error:
+            return error
+        except Exception:
+            return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+
+
 def check_shared_memory(size):
     """In a worker process: raise DataError if not every worker can pass on another `size` bytes.
     Otherwise torch would lose the clips and wait for them forever."""
     worker, folder = get_worker_info(), "/dev/shm"
-    if worker and os.path.isdir(folder):
+    if os.path.isdir(folder):
         needed, free = worker.num_workers * size, shutil.disk_usage(folder).free
         if needed > free:
             raise DataError(
@@ -209,69 +237,71 @@ def check_shared_memory(size):
                 "batch, or give the container more (docker run --shm-size 8g)")
 
 
-class BatchMaker:
-    """For a DataLoader: a list of sample ids -> Batch, with masks."""
-
-    def __init__(self, dataset, sample_masks):
-        self.dataset, self.sample_masks = dataset, sample_masks
-
-    def __getitem__(self, sample_ids):
-        batch = self.dataset.batch(sample_ids)
-        check_shared_memory(batch.clips.nbytes)
-        if self.sample_masks and len(batch.sample_ids):
-            batch = batch._replace(masks=self.sample_masks(batch.sample_ids))
-        return batch
+def start_worker(worker_id):
+    """Signals such as Ctrl-C reach all processes, but the main process decides what to do: it may
+    want to finish its step. Workers ignore them, and end when the main process does."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch compares os.getppid() between batches
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # Python drops a batch that cannot be sent, and the main process would wait for it forever.
+    Queue._on_queue_feeder_error = staticmethod(end_worker)
 
 
-def ignore_signals(worker):
-    """Ctrl-C in a terminal and SIGTERM from torchrun reach all processes, but the main process
-    decides what to do: it may want to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-open_loaders = weakref.WeakSet()
+def end_worker(error, batch):
+    """Called in a worker when it cannot send a batch, for lack of memory or of open files."""
+    print(f"a worker process cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @atexit.register
-def close_loaders():
-    """End all workers when an error ends the main process: Python sends them SIGTERM, which they
-    ignore, and would wait for them forever."""
-    for batches in list(open_loaders):
-        batches.close()
+def kill_workers():
+    """After an error in the main process, Python sends workers SIGTERM, which they ignore, and
+    waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):
     """Iterate over Batches, one for each list of sample ids in `batches`, which may be endless.
-    Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError."""
-    loaded = _load(dataset, batches, num_workers, pin_memory, sample_masks)
-    open_loaders.add(loaded)
-    return loaded
 
-
-def _load(dataset, batches, num_workers, pin_memory, sample_masks):
+    Worker processes read ahead and sample masks (sample_masks: ids -> masks). Raises DataError, and
+    RuntimeError with a worker's traceback if anything unexpected happened there.
+    """
+    maker = BatchMaker(dataset, sample_masks)
+    if not num_workers:
+        yield from map(maker.make_batch, batches)
+        return
     try:
         # Without a generator of its own, DataLoader would draw from torch's global random state.
-        yield from DataLoader(BatchMaker(dataset, sample_masks), None, sampler=batches,
-                              num_workers=num_workers, pin_memory=pin_memory,
-                              worker_init_fn=ignore_signals, generator=torch.Generator())
-        return
-    except DataError as error:  # a worker's error has its traceback in its text
-        message = str(error).strip().split("DataError: ")[-1]
-        error.__traceback__ = None  # which would keep the workers alive
-    raise DataError(message)
+        for batch in DataLoader(maker, None, sampler=batches, num_workers=num_workers,
+                                pin_memory=pin_memory, worker_init_fn=start_worker,
+                                generator=torch.Generator()):
+            if isinstance(batch, Exception):
+                break
+            yield batch
+        else:
+            return
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"worker processes failed: {reason}: fewer --workers need less memory and "
+                        "fewer open files (ulimit -n)") from None
+    raise batch
 
 
-def open_splits(data, split, clip, test_data=None, segments=1, views=1, tasks=()):
+def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, tasks=()):
     """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
 
     Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
     or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
-    for each group. clip: as from open_encoder; views: of test clips only; tasks: of video/playback
-    instead of the clips' classes. Raises DataError.
+    for each group. clip_options: of open_clips, as from open_encoder; views: of test clips only;
+    tasks: of video/playback instead of the clips' classes. Raises DataError.
     """
     def open_split(split, paths=data, **options):
-        clips = open_clips(paths, **clip, split=split, train=False, segments=segments,
+        clips = open_clips(paths, **clip_options, split=split, train=False, segments=segments,
                            need_labels=not tasks, **options)
         if tasks and not isinstance(clips, VideoClips):
             raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")

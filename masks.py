@@ -9,7 +9,7 @@ copied from neighbouring frames; the predictor has to model what happens inside 
     context, targets = sampler.sample(sample_ids=[0, 1, 2], seed=0)   # (3, 313), (3, 784) indices
 
 Token index = (t * H' + row) * W' + column. Paper: section 3.2. `python masks.py` prints two masks.
-The masks of other methods, and the release's truncation, are in comparisons/masks.py.
+The masks of other methods, and the release's truncation, are in baselines/.
 """
 
 import math

@@ -57,7 +57,7 @@ def patchify(clips, tubelet):
 def init_weights(module, std):
     """Truncated normal weights and zero biases; std None means 1 / sqrt(fan-in).
 
-    0.02 suits D = 1024; at D = 100 the content of a token would drown in its position embedding.
+    0.02 suits D = 1024; at D = 128 the content of a token would drown in its position embedding.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv3d)):

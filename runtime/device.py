@@ -1,22 +1,31 @@
-"""Which device and precision to use, and how much memory was used."""
+"""Devices, precision, memory, and how processes find each other and share what they have."""
 
 import math
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name):
-    """--device -> torch.device; auto: the best there is. Raises ValueError if it is missing."""
+    """--device -> torch.device; auto: the best there is, and a GPU for each process of torchrun.
+    Raises ValueError if it is missing."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     found.append("cpu")
     if name not in ("auto", *found):
         raise ValueError(f"--device {name} is not available (found: {', '.join(found)})")
-    return torch.device(found[0] if name == "auto" else name)
+    device = torch.device(found[0] if name == "auto" else name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there is no GPU {device.index}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_precision(name, device):
@@ -28,6 +37,22 @@ def pick_precision(name, device):
     if name == "fp16" and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--precision fp16 needs a gradient scaler, which {device.type} lacks")
     return name
+
+
+def can_compile(device):
+    """Whether blocks can be compiled for a GPU; if not, and it is one, a note says why."""
+    if device.type != "cuda":
+        return False
+    reason = None
+    if not find_spec("triton"):
+        reason = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (7, 0):
+        reason = "Triton needs a GPU of compute capability 7.0 or newer"
+    elif not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        reason = "there is no C compiler"
+    if reason and os.environ.get("RANK", "0") == "0":
+        print(f"note: blocks are not compiled: {reason}", file=sys.stderr)
+    return not reason
 
 
 def peak_memory(device):
@@ -51,3 +76,41 @@ def free_memory():
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def rendezvous():
+    """The store in which the processes that torchrun started find each other's addresses."""
+    store, *_ = next(dist.rendezvous("env://"))
+    # It outlives the processes: those restarted must not find the addresses of the dead ones in it.
+    # Only on a single machine do all processes count restarts alike.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store
+
+
+def gather_rows(parts, device):
+    """Concatenate the tensors of all processes along their first axis: a list per process, which
+    may be empty -> a tensor, or None if all are. Every process gets it."""
+    own = torch.cat(parts) if parts else None
+    if not dist.is_initialized():
+        return own
+    shapes = all_gather(None if own is None else (own.shape, own.dtype))
+    if not any(shapes):
+        return None
+    shape, dtype = next(filter(None, shapes))
+    counts = [found[0][0] if found else 0 for found in shapes]
+    padded = torch.zeros(max(counts), *shape[1:], dtype=dtype, device=device)
+    if own is not None:
+        padded[:len(own)] = own
+    everything = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everything, padded)
+    return torch.cat([rows[:count] for rows, count in zip(everything, counts, strict=True)])
+
+
+def all_gather(obj):
+    """A list with every process's obj, which can be anything that pickles."""
+    if not dist.is_initialized():
+        return [obj]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, obj)
+    return objects

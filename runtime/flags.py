@@ -6,10 +6,10 @@ from dataclasses import field, fields, replace
 from typing import get_args, get_origin
 
 
-def flag(default, help, choices=None, least=-math.inf, most=math.inf, above=-math.inf,
+def flag(default, help, choices=None, least=-math.inf, most=1e9, above=-math.inf,
          interval=False):
     """A dataclass field with its --help text and the values that it, or a list's items, may take:
-    choices, or finite numbers from least to most and greater than `above`; interval: a list of two
+    choices, or numbers from least to most and greater than `above`; interval: a list of two
     numbers, the smaller one first."""
     metadata = {"help": help, "choices": choices and tuple(choices), "least": least, "most": most,
                 "above": above, "interval": interval}
@@ -57,7 +57,7 @@ def check(config):
                 raise ValueError(f"{name} {item} must be one of {', '.join(map(repr, choices))}")
             if not isinstance(item, int | float):
                 continue
-            for wanted, met in (("a finite number", math.isfinite(item)),
+            for wanted, met in (("a number", item == item),  # NaN is not
                                 (f"at least {least:g}", item >= least),
                                 (f"above {above:g}", item > above),
                                 (f"at most {most:g}", item <= most)):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from video.decode import DataError
 
-QUIET_SECONDS = 60  # without a terminal, to tell a run that works from one that hangs
+SECONDS_BETWEEN_LINES = 60  # without a terminal, to tell a run that works from one that hangs
 
 
 def evenly_spaced(total, most):
@@ -27,7 +27,7 @@ def progress(items, title, total, size=lambda item: 1):
             yield item
             done += size(item)
             bar.update(size(item))
-            if bar.disable and time.monotonic() - last > QUIET_SECONDS:
+            if bar.disable and time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 print(f"{title}: {done} of {total}", flush=True)
                 last = time.monotonic()
 
@@ -59,7 +59,14 @@ class BadFiles:
 
 
 def num_workers(wanted):
-    """Worker processes for --workers; -1: torchrun's processes on this machine share its cores, at
-    most 8 each."""
+    """Worker processes for --workers; -1: one per core, at most 8 per process of torchrun, which
+    share the cores of this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return wanted if wanted >= 0 else min(8, (os.cpu_count() or 1) // processes)
+    return wanted if wanted >= 0 else min(8, available_cores() // processes)
+
+
+def available_cores():
+    """How many cores this process may use: a job scheduler often assigns fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -6,10 +6,14 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from runtime.device import gather_rows
+from runtime.loading import evenly_spaced
+from video.decode import DataError
+
 
 def rankme(features):
-    """Effective rank (Garrido et al. 2023), (n, D) -> 1 to D: exp(entropy of singular values).
-    NaN if a feature is not finite."""
+    """Effective rank of features less their mean (Garrido et al. 2023), (n, D) -> 1 to D:
+    exp(entropy of singular values). NaN if a feature is not finite."""
     if not features.isfinite().all():
         return math.nan
     values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no SVD
@@ -35,7 +39,8 @@ def knn_votes(train, labels, test, k=10):
     similarity = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T  # (m, n)
     if test is train:
         similarity.fill_diagonal_(-1e9)
-    weight, nearest = similarity.topk(min(k, len(train) - 1), dim=1)  # (m, k)
+    others = len(train) - (test is train)
+    weight, nearest = similarity.topk(min(k, others), dim=1)  # (m, k)
     votes = torch.zeros(len(test), int(labels.max()) + 1, device=test.device)
     return votes.scatter_add_(1, labels[nearest], (weight / 0.07).exp())
 
@@ -66,40 +71,60 @@ def computed_once(network):
         network.forward = forward
 
 
+def evaluation_ids(dataset, count, per_class=16):
+    """Which clips to evaluate a run on: about `count` sample ids, int64 (n,).
+
+    They are evenly spread over the data set. But a nearest neighbour can only be right if there are
+    several clips of its class, so of many classes only some are taken, each with per_class clips.
+    """
+    if "class" not in dataset.class_names or len(dataset) <= count:
+        return evenly_spaced(len(dataset), count)
+    labels = dataset.labels(torch.arange(len(dataset)))["class"]
+    classes = labels.unique()
+    classes = classes[evenly_spaced(len(classes), max(2, count // per_class))]
+    members = [(labels == label).nonzero()[:, 0] for label in classes]
+    return torch.cat([ids[evenly_spaced(len(ids), count // len(classes))] for ids in members])
+
+
 @torch.no_grad()
-def feature_metrics(model, batches):
+def feature_metrics(model, batches, tasks, device):
     """Is a model learning or collapsing? {name: float} of (clips, masks, labels {task: (B,)}), ...
+    on the device, of all processes. tasks: names of those that have labels.
 
     Of the probed network's layer-normed features: std_clips, over clips at a position (0: all clips
-    look the same); std_tokens, over a clip's tokens; rankme; knn_TASK, k-NN accuracy. For methods
-    with targets relative_loss, the loss over that of the best prediction that knows nothing but
-    positions (1: content is not used).
+    look the same); std_tokens, over a clip's tokens; knn_TASK, k-NN accuracy. Of its features as
+    they are: rankme. For methods with targets relative_loss, the loss over that of the best
+    prediction that knows nothing but positions (1: content is not used). Raises DataError if there
+    is no clip.
     """
-    features, targets, losses, labels = [], [], [], {}
+    features, targets, losses, labels = [], [], [], {task: [] for task in tasks}
     network = getattr(model, model.probed_network)
     for clips, masks, batch_labels in batches:
         with computed_once(network):
-            tokens = network(clips).float()
+            features.append(network(clips).float())
             if hasattr(model, "targets"):
                 targets.append(model.targets(clips).float())
-                losses.append(model(clips, masks).float())
-        features.append(F.layer_norm(tokens, tokens.shape[-1:]))
+                losses.append(model(clips, masks).float().expand(len(clips)))
         for task, values in batch_labels.items():
-            labels.setdefault(task, []).append(values.to(clips.device))
-    features = torch.cat(features)  # (n, N, D)
+            labels[task].append(values.to(device))
+    features = gather_rows(features, device)  # (n, N, D)
+    if features is None:
+        raise DataError("none of the clips of an evaluation can be read")
     tokens = features.flatten(0, 1)
+    rank = rankme(tokens[::math.ceil(len(tokens) / 4096)])  # before they are normalized
+    features = F.layer_norm(features, features.shape[-1:])
     metrics = {"std_clips": features.std(0).mean().item(),
                "std_tokens": features.std(1).mean().item(),
-               "rankme": rankme(tokens[::math.ceil(len(tokens) / 4096)])}
-    if targets:
-        targets = torch.cat(targets)  # (n, N, P)
+               "rankme": rank}
+    if hasattr(model, "targets"):
+        targets = gather_rows(targets, device)  # (n, N, P)
         # Absolute errors are least for the median of the targets, squared ones for their mean.
         best = targets.median(0).values if model.loss_fn is F.l1_loss else targets.mean(0)
         baseline = model.loss_fn(best.expand_as(targets), targets)
-        metrics["relative_loss"] = (torch.stack(losses).mean() / baseline).item()
+        metrics["relative_loss"] = (gather_rows(losses, device).mean() / baseline).item()
     pooled = standardize(features.mean(1))[0]
     with torch.autocast(pooled.device.type, enabled=False):
         for task, values in labels.items():
-            values = torch.cat(values)
+            values = gather_rows(values, device)
             metrics[f"knn_{task}"] = accuracy(knn_predict(pooled, values, pooled), values)
     return metrics

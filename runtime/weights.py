@@ -3,7 +3,6 @@
     features = load_encoder("vitl16.pth.tar")(clips)  # (B, 3, T, H, W) -> (B, N, D)
 """
 
-import pickle
 import re
 import sys
 import zipfile
@@ -15,10 +14,14 @@ import torch
 
 from model import VJEPA, VisionTransformer, resample_pos_embed
 
-# No tensor shows the number of heads. By width: the published encoders and ViT-Ti, ViT-S, ViT-B.
 NETWORKS = ("encoder", "target_encoder", "predictor", "classifier")
+# Types of what is read from a checkpoint, and from the configuration in it.
 TYPES = {**dict.fromkeys((*NETWORKS, "opt", "config"), dict), "scaler": dict | None, "step": int,
          "skipped": int, "consecutive_skips": int, "num_heads": int, "probed_network": str}
+CONFIG_TYPES = {"method": str, "data": list, "num_frames": int, "frame_step": int,
+                "fps": float | int, "noise": float | int, "init_std": float | int, "seed": int,
+                "steps": int}
+# No tensor shows the number of heads. By width: the published encoders and ViT-Ti, ViT-S, ViT-B.
 HEADS_OF_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
@@ -48,21 +51,36 @@ def load_checkpoint(path, verify=True):
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})")
     try:  # weights_only: tensors and plain containers, no code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a malformed pickle can raise nearly everything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"rejected: it contains code and would call {code[1]}"
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: holds a {type(checkpoint).__name__}, not state dicts")
-    for name, kind in TYPES.items():
-        if name in checkpoint and not isinstance(checkpoint[name], kind):
-            raise CheckpointError(f"{path}: '{name}' is a {type(checkpoint[name]).__name__}")
+    check_types(checkpoint, TYPES, path)
+    check_types(checkpoint.get("config", {}), CONFIG_TYPES, path)
     for name in NETWORKS:
         for key, value in checkpoint.get(name, {}).items():
-            if not (isinstance(key, str) and isinstance(value, torch.Tensor)) or value.is_meta:
+            if not isinstance(key, str) or not is_plain_tensor(value):
                 raise CheckpointError(f"{path}: '{name}' is not a state dict: entry {key!r}")
     return checkpoint
+
+
+def check_types(content, types, path):
+    """Raise CheckpointError unless the entries of a dict have these types."""
+    for name, kind in types.items():
+        if name in content and not isinstance(content[name], kind):
+            raise CheckpointError(f"{path}: '{name}' is a {type(content[name]).__name__}")
+    if not all(isinstance(item, str) for item in content.get("data", [])):
+        raise CheckpointError(f"{path}: 'data' holds something else than paths")
+
+
+def is_plain_tensor(value):
+    """Whether a value is a dense tensor, all of whose entries are stored."""
+    return (isinstance(value, torch.Tensor) and not value.is_meta
+            and value.layout == torch.strided
+            and value.untyped_storage().nbytes() >= value.nbytes)
 
 
 def _load_safetensors(path):
@@ -94,6 +112,8 @@ def _damage(path, size, _):
         print(f"reading {path} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
     try:
         with zipfile.ZipFile(path) as file:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist()):
+                return "compressed, which could fill the memory; torch.save does not compress"
             corrupt = file.testzip()
         return corrupt and f"wrong checksum of {corrupt}"
     except Exception as error:  # corrupt files make zipfile raise all sorts of exceptions

@@ -22,7 +22,7 @@ from video.synthetic import Synthetic
 ROOT = Path(train.__file__).parent
 FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --tubelet-size 2 --embed-dim 24 --depth 1 "
         "--num-heads 2 --predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 6 "
-        "--eval-clips 8 --eval-every 3 --save-every 2 --device cpu --workers 0").split()
+        "--eval-clips 7 --eval-every 3 --save-every 2 --device cpu --workers 0").split()
 
 # Processes start from a server that has imported torch but not run anything.
 SERVER = multiprocessing.get_context("forkserver")
@@ -133,10 +133,11 @@ def together(folder, *flags, processes=2, first=None):
     return [child.exitcode for child in children], (folder / "output.txt").read_text()[before:]
 
 
-def train_here(folder, patch, *flags):
-    """Run in this process; patch: a MonkeyPatch."""
+def train_here(folder, patch, *flags, module=train):
+    """Run in this process; patch: a MonkeyPatch; module: of the method, such as baselines.mae."""
     patch.chdir(folder)
-    return train.main(*train.parse_args([*FAST, "--name", "run", *flags]))
+    config, run_dir, restart = train.parse_args([*FAST, "--name", "run", *flags], module.Config)
+    return train.main(config, run_dir, restart, build=module.build)
 
 
 def metrics(folder, name):

@@ -1,18 +1,24 @@
 import math
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import ema
+import model
 import train
 from runtime import checkpoint
-from runtime.session import sample_ids
+from runtime.weights import CheckpointError
 from video.decode import DataError
-from tests.runs import (FAST, ROOT, metrics, latest, run, same, same_losses, send_signal, signalled,
-                        spoil_clips, together, train_here)
+from tests.runs import (FAST, ROOT, command, metrics, latest, run, same, same_losses, send_signal,
+                        signalled, spoil_clips, together, train_here)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,15 @@ def test_two_processes_do_not_change_losses(uninterrupted, two_processes):
     same_losses(metrics(two_processes, "two"), metrics(uninterrupted, "whole"))
 
 
+def test_processes_share_the_clips_of_an_evaluation_and_find_the_same(uninterrupted, two_processes):
+    for ours, theirs in zip(metrics(two_processes, "two"), metrics(uninterrupted, "whole"),
+                            strict=True):
+        for column in ("std_clips", "std_tokens", "relative_loss", "knn_motion", "knn_appearance"):
+            assert bool(ours[column]) == (int(ours["step"]) % 3 == 0)
+            if ours[column]:
+                assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
+
+
 @pytest.mark.parametrize("processes, flags", [
     (1, ["--micro-batch", "1"]), (2, ["--micro-batch", "1", "--checkpoint-activations"]), (4, [])])
 def test_processes_and_accumulation_do_not_change_losses(uninterrupted, tmp_path, processes, flags):
@@ -94,12 +109,42 @@ def test_a_killed_worker_of_torchrun_goes_on_by_itself(two_processes, tmp_path):
     assert same(latest(tmp_path, "killed"), latest(two_processes, "two"))
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        received = train.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_all_processes_stop_at_the_same_step_if_one_gets_a_signal(tmp_path):
     codes, output = together(tmp_path, "--name", "run", first=partial(send_signal, 3, 1, "SIGTERM"))
     assert codes == [143, 143]
     # The signal came after the third step's exchange, so that the fourth is the last.
     assert "stopped after step 4; the same command continues from there" in output
     assert latest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run")) == 4
+
+
+def test_processes_whose_torchrun_is_killed_end_with_a_checkpoint(tmp_path):
+    flags = ["--name", "run", "--steps", "100000", "--eval-every", "100000"]
+    launcher = subprocess.Popen(command(*flags, processes=2), cwd=tmp_path,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    file = tmp_path / "runs/run/metrics.csv"
+    while launcher.poll() is None and (not file.exists() or file.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    lock = FileLock(tmp_path / "runs/run/.lock")
+    with lock.acquire(timeout=60):  # the first process has ended
+        assert latest(tmp_path, "run")["step"] == len(metrics(tmp_path, "run"))
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys):
@@ -115,6 +160,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     assert saved["skipped"] == 1 and saved["opt"]["state"][0]["step"] == 5
     error = capsys.readouterr().err
     assert "step 3 skipped: loss nan" in error and "; samples 8 to 9\n" in error
+
+
+def test_evaluations_run_without_dropout_and_training_goes_on_with_it(tmp_path, monkeypatch):
+    modes, forward = [], model.Block.forward
+    monkeypatch.setattr(model.Block, "forward",
+                        lambda self, x: modes.append(self.training) or forward(self, x))
+    train_here(tmp_path, monkeypatch, "--steps", "2", "--eval-every", "1", "--eval-clips", "4")
+    step = [True] * 5  # blocks of the target encoder, and of encoder and predictor per mask set
+    assert modes == 2 * (step + [False] * len(step))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch, capsys):
@@ -137,6 +191,16 @@ def test_ten_such_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     assert latest(tmp_path, "run")["opt"]["state"][0]["step"] == 5
 
 
+def test_a_scaler_that_can_lower_its_scale_does_not_count_towards_the_ten(tmp_path, monkeypatch):
+    clip = train.clip_grad_norm_
+    monkeypatch.setattr(train, "clip_grad_norm_",
+                        lambda *arguments: clip(*arguments) * math.inf)
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 2.0)
+    train_here(tmp_path, monkeypatch, "--steps", "12")
+    saved = latest(tmp_path, "run")
+    assert (saved["skipped"], saved["consecutive_skips"]) == (12, 0)
+
+
 def test_processes_skip_the_same_step(tmp_path):
     codes, output = together(tmp_path, "--name", "run", first=partial(spoil_clips, {6}))
     assert codes == [0, 0], output
@@ -147,7 +211,7 @@ def test_processes_skip_the_same_step(tmp_path):
 def test_a_run_says_what_it_is_going_to_do(tmp_path, monkeypatch, capsys):
     train_here(tmp_path, monkeypatch, "--micro-batch", "2", "--checkpoint-activations")
     says = capsys.readouterr().out
-    for line in ("device      cpu, fp32, activations checkpointed, 1 process(es)\n",
+    for line in ("device      cpu, fp32, activations checkpointed\n",
                  "batch       4 clips = 1 processes x 2 x 2\n",
                  "steps       6, warm-up 1, peak learning rate 0.002\n",
                  "tokens      32 (2, 4, 4) per clip; masked 81% and 94%, mean 88%; "
@@ -164,7 +228,7 @@ def test_processes_take_every_sample_id_once(world_size, micro_batch):
     for first, last in (0, 5), (3, 5):  # from the start, and resumed after step 3
         taken = [i for step in range(first, last) for part in range(accumulation)
                  for rank in range(world_size)
-                 for i in sample_ids(step, part, batch_size, rank, world_size, micro_batch)]
+                 for i in train.sample_ids(step, part, batch_size, rank, world_size, micro_batch)]
         assert taken == list(range(first * batch_size, last * batch_size))
 
 
@@ -256,13 +320,24 @@ def test_bad_input_is_one_clear_line(flags, code, says, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--preset", "huge"], ["--steps", "many"], ["--steps", "0"], ["--lr", "nan"],
     ["--momentum-start", "1.5"], ["--momentum-schedule", "steep"], ["--precision", "fp8"],
-    ["--compile", "yes"], ["--method", "simclr"], ["--masking", "spots"], ["--log", "paper"],
+    ["--compile", "yes"], ["--log", "paper"],
     ["--name", "../elsewhere"], ["--name", ".."], ["--spatial-scale", "0.15", "inf"]])
 def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.parse_args(flags)
     error = capsys.readouterr().err
     assert flags[0] in error.splitlines()[-1] and error.count("\n") == 2
+
+
+def test_a_gpu_with_too_little_memory_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.VJEPA, "forward", fail)
+    monkeypatch.setattr("sys.argv", ["train.py", *FAST])
+    with pytest.raises(SystemExit, match="^error: the GPU has too little memory: --micro-batch 2 "):
+        train.cli()
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -272,12 +347,12 @@ def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     (["--num-blocks", "8", "40"], "num_blocks"),
     (["--data", "."], "no "),
     (["--device", "cuda"], "--device cuda"),
-    (["--compile", "on", "--masking", "multi-block-truncated"], "--compile on needs fixed shapes"),
+    (["--init", "nothere"], "nothere: no such checkpoint"),
 ])
 def test_an_impossible_run_is_an_error_before_training(flags, says, tmp_path, monkeypatch):
     if flags == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has the device that is said to be missing")
-    with pytest.raises((ValueError, DataError), match=says) as raised:
+    with pytest.raises((ValueError, DataError, CheckpointError), match=says) as raised:
         train_here(tmp_path, monkeypatch, *flags)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
@@ -296,3 +371,95 @@ def test_a_checkpoint_of_other_shapes_in_the_way_is_an_error(uninterrupted, tmp_
     result = run(tmp_path, "--name", "odd")
     assert result.returncode == 1
     assert "norm.weight is (7,), the model's (24,)" in result.stderr
+
+
+@pytest.fixture
+def single_precision(tmp_path, monkeypatch):
+    """metrics.csv of the usual six steps."""
+    (tmp_path / "single").mkdir()
+    train_here(tmp_path / "single", monkeypatch)
+    return metrics(tmp_path / "single", "run")
+
+
+def test_half_precision_trains_and_stays_near_single_precision(single_precision, tmp_path,
+                                                               monkeypatch, capsys):
+    for precision in ("bf16", "fp16"):
+        train_here(tmp_path, monkeypatch, "--precision", precision, "--restart")
+        assert f"device      cpu, {precision}" in capsys.readouterr().out
+        for ours, expected in zip(metrics(tmp_path, "run"), single_precision, strict=True):
+            assert float(ours["loss"]) == pytest.approx(float(expected["loss"]), abs=2e-2)
+            # Gradients are unscaled before they are clipped and logged.
+            assert float(ours["grad_norm_encoder"]) == pytest.approx(
+                float(expected["grad_norm_encoder"]), rel=0.1)
+    assert latest(tmp_path, "run")["scaler"]["scale"] == 2 ** 16
+
+
+def test_a_scaler_that_searches_its_scale_is_not_a_fault(tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        lambda *arguments, **options: scaler(*arguments, **options,
+                                                             init_scale=2.0 ** 36))
+    train_here(tmp_path, monkeypatch, "--precision", "fp16", "--steps", "30", "--eval-every", "50")
+    rows = metrics(tmp_path, "run")
+    assert int(rows[-1]["skipped"]) > 10 and float(rows[-1]["grad_norm_encoder"]) < 1
+    assert latest(tmp_path, "run")["scaler"]["scale"] < 2 ** 26
+
+
+def test_nothing_is_compiled_after_the_second_step(tmp_path, monkeypatch):
+    graphs, counts = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks, update = train.compile_blocks, ema.update
+    monkeypatch.setattr(train, "compile_blocks", lambda *arguments: compile_blocks(
+        *arguments, backend=backend))
+    monkeypatch.setattr(ema, "update", lambda *arguments: (
+        counts.append(len(graphs)), update(*arguments)))
+    # The last batch of an evaluation is smaller than a micro-batch.
+    train_here(tmp_path, monkeypatch, "--compile", "on", "--eval-clips", "7", "--depth", "3",
+               "--predictor-depth", "2", "--steps", "8")
+    # Blocks share graphs: the target encoder's, and for both mask sets encoder's and predictor's.
+    assert counts == [5] * 8
+    compiled = metrics(tmp_path, "run")
+    train_here(tmp_path, monkeypatch, "--eval-clips", "7", "--depth", "3", "--predictor-depth",
+               "2", "--steps", "8", "--restart")
+    same_losses(metrics(tmp_path, "run"), compiled)
+
+
+def bytes_kept_for_backward(model, clips, masks):
+    kept, own = {}, {tensor.untyped_storage().data_ptr()
+                     for tensor in (*model.parameters(), *model.buffers(), clips)}
+
+    def record(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        loss = model(clips, masks)
+    assert loss.isfinite()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def test_checkpointed_activations_give_the_same_loss_and_gradients_for_less_memory():
+    config, *_ = train.parse_args(["--depth", "3"])
+    clips, results = torch.randn(2, 3, 16, 60, 60), []
+    for checkpointed in (False, True):
+        model, samplers = train.build(config)
+        masks = [sampler.sample([0, 1], 0) for sampler in samplers]
+        if checkpointed:
+            train.checkpoint_activations(model)
+        kept = bytes_kept_for_backward(model, clips, masks)
+        loss = model(clips, masks)
+        loss.backward()
+        results.append((kept, [loss, *(p.grad for p in model.parameters() if p.requires_grad)]))
+    (all_kept, expected), (few_kept, found) = results
+    assert few_kept < all_kept / 4
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_the_optimizer_is_fused_where_it_can_be():
+    config, *_ = train.parse_args([])
+    optimizer = train.build_optimizer(train.build(config)[0], config)
+    assert optimizer.param_groups[0]["fused"]

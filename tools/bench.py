@@ -25,10 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import DataError, VideoClips, loader, to_device
 from masks import sample_masks
-from runtime import distributed
-from runtime.device import DTYPES, peak_memory, pick_precision
+from runtime.device import DTYPES, peak_memory, pick_device, pick_precision
 from runtime.loading import num_workers
-from runtime.session import open_datasets
 
 WARM_UP, STEPS, CLIPS = 5, 20, 100
 
@@ -90,12 +88,13 @@ def count_flops(step, parts):
 
 def bench(config):
     """Take some training steps and print how long each part takes; config: train.Config."""
-    _, _, device = distributed.setup_device(config.device)
+    device = pick_device(config.device)
+    torch.set_float32_matmul_precision("high")
     precision = pick_precision(config.precision, device)
-    micro_batch, _ = distributed.split_batch(config.batch_size, config.micro_batch, 1)
+    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
     model, samplers = train.build(config)
     optimizer = train.build_optimizer(model.to(device), config)
-    dataset, _ = open_datasets(config, model.encoder.num_frames)
+    dataset, _ = train.open_datasets(config, model.encoder.num_frames)
     ids = chain([[0], [0]], (list(range(i, i + micro_batch)) for i in count(0, micro_batch)))
     batches = loader(dataset, ids, num_workers(config.workers),
                              device.type == "cuda", partial(sample_masks, samplers, seed=0))
@@ -117,10 +116,10 @@ def bench(config):
     parts.measure(step, now)  # starts the loader's processes, which must not inherit the counter
     # Of one clip, because plain attention takes far more memory than the fused one.
     flops = {part: micro_batch * number for part, number in count_flops(step, parts).items()}
-    if distributed.pick_compile(config.compile, device, samplers):
-        distributed.compile_blocks(model, len(samplers))
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        train.compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
-        distributed.checkpoint_activations(model)
+        train.checkpoint_activations(model)
     times = [parts.measure(step_and_product, now) for _ in range(WARM_UP + STEPS)][WARM_UP:]
 
     seconds = {name: statistics.median(taken[name] for taken in times) for name in times[0]}

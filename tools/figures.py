@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from comparisons.masks import TruncatedMultiBlockMask
+from baselines.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
 from runtime.loading import evenly_spaced

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from comparisons.mae import unpatchify
+from baselines.mae import unpatchify
 from data import DataError, open_clips, open_splits
 from masks import MultiBlockMask
 from model import gather_tokens, patchify

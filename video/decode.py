@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import av
@@ -344,14 +344,21 @@ def normalize(clips):
     """
     if clips.dtype != torch.uint8:
         return clips
-    frames = F.to_dtype(clips, torch.float32, scale=True).transpose(-4, -3)  # (..., T, 3, H, W)
-    return F.normalize(frames, IMAGENET_MEAN, IMAGENET_STD, inplace=True).transpose(-4, -3)
+    mean, std = mean_and_std(clips.device, torch.float32)
+    return clips.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+
+
+@lru_cache  # a copy to the device for every batch would wait for all work there
+def mean_and_std(device, dtype):
+    """ImageNet's mean and std of the colours, (3, 1, 1, 1) each."""
+    return [torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 def denormalize(clips):
     """The inverse, for pictures: (..., 3, T, H, W) -> RGB in 0..1, (..., T, H, W, 3) float32."""
-    rgb = clips.movedim(-4, -1)
-    return (rgb * rgb.new_tensor(IMAGENET_STD) + rgb.new_tensor(IMAGENET_MEAN)).clamp(0, 1)
+    mean, std = mean_and_std(clips.device, clips.dtype)
+    return (clips * std + mean).clamp(0, 1).movedim(-4, -1)
 
 
 def describe(path):

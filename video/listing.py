@@ -29,18 +29,19 @@ class Entry(NamedTuple):
     split: str | None = None
     file: str = ""  # the list that it is from
     line: int = 0
+    source: int = 0  # which of the data set's paths it is from
 
     def where(self):
         """For error messages."""
         return f"{self.file}:{self.line}" if self.file else self.path
 
 
-class Texts(Sequence):
+class PackedStrings(Sequence):
     """A list of strings as one array: worker processes read it without copying it. (Python counts
     its references to an object inside the object, so they would copy every string they look at.)"""
 
-    def __init__(self, texts):
-        parts = [os.fsencode(text) for text in texts]
+    def __init__(self, strings):
+        parts = [os.fsencode(string) for string in strings]
         self.ends = np.cumsum([0, *map(len, parts)])
         self.bytes = b"".join(parts)
 
@@ -51,6 +52,12 @@ class Texts(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return os.fsdecode(self.bytes[self.ends[index]:self.ends[index + 1]])
+
+
+def load_entries(paths):
+    """The clips that the paths (list of str) point to, as a list of Entry. Raises DataError."""
+    return [entry._replace(source=source) for source, path in enumerate(paths)
+            for entry in find_entries(Path(path))]
 
 
 def find_entries(path):
@@ -148,17 +155,17 @@ def _is_clip(folder, padded):
     return len(gaps) == 1 and gaps != {0}
 
 
-def with_labels(found):
-    """[(Entry, its source), ...] without those that have no label; a note counts them. Raises
-    DataError if none is left."""
-    kept = [pair for pair in found if pair[0].label is not None]
-    if len(kept) < len(found):
-        first = next(entry.where() for entry, _ in found if entry.label is None)
-        if not kept:
+def with_labels(entries):
+    """The entries that have a label; a note counts the others. Raises DataError if none has one."""
+    labelled = [entry for entry in entries if entry.label is not None]
+    if len(labelled) < len(entries):
+        first = next(entry.where() for entry in entries if entry.label is None)
+        if not labelled:
             raise DataError(f"{first}: no label, but labels are needed here")
-        note(f"{len(found) - len(kept)} of {len(found)} clips have no label, so evaluations leave "
-             f"them out; the first is {first}")
-    return kept
+        unlabelled = len(entries) - len(labelled)
+        note(f"{unlabelled} of {len(entries)} clips have no label, so evaluations leave them out; "
+             f"the first is {first}")
+    return labelled
 
 
 @lru_cache  # once, although clips to train on and clips to test on may be in the same folder
@@ -169,7 +176,7 @@ def note(text):
 
 
 def number_labels(entries, classes=None):
-    """The class names, and the class index of every entry, -1 if it has no label.
+    """The class names, and {label: index of its class}.
 
     Labels are class indices if all are numbers, otherwise class names. classes: the names to use,
     in order. Raises DataError if a label is not among them.
@@ -186,4 +193,4 @@ def number_labels(entries, classes=None):
     for label in given.keys() - indices.keys():
         raise DataError(f"{given[label].where()}: label {label} is not among "
                         f"the {len(classes)} classes")
-    return classes, [indices.get(entry.label, -1) for entry in entries]
+    return classes, indices

@@ -32,7 +32,7 @@ class Playback(Dataset):
         self.files = [i for i, path in enumerate(clips.paths) if is_long(path, self.played[-1])]
         if len(self.files) < len(clips):
             note(f"{len(clips) - len(self.files)} of {len(clips)} files are left out: too short or "
-                 f"unreadable for {clips.request['num_frames']} frames at speed {SPEEDS[-1]}")
+                 f"unreadable for {clips.num_frames} frames at speed {SPEEDS[-1]}")
         if not self.files:
             raise DataError(f"{clips.name}: no file is long enough: lower --frame-step")
         groups = clips.groups or clips.paths
@@ -71,9 +71,8 @@ class Playback(Dataset):
 
 def at_speed(clips, speed):
     """The same files, played faster."""
-    faster, request = copy.copy(clips), clips.request
-    faster.request = {**request, "frame_step": speed * request["frame_step"],
-                      "fps": request["fps"] and request["fps"] / speed}
+    faster = copy.copy(clips)
+    faster.frame_step, faster.fps = speed * clips.frame_step, clips.fps and clips.fps / speed
     return faster
 
 
@@ -83,7 +82,7 @@ def is_long(path, clips):
         *_, seconds, frames = describe(path)
     except (DataError, *DAMAGED):  # it is reported when it is read, by those that do not need this
         return False
-    steps = clips.request["num_frames"] - 1
-    if fps := clips.request["fps"]:
-        return steps / fps < seconds
-    return steps * clips.request["frame_step"] < frames
+    steps = clips.num_frames - 1
+    if clips.fps:
+        return steps / clips.fps < seconds
+    return steps * clips.frame_step < frames

@@ -1,8 +1,8 @@
-"""Synthetic clips: coloured glyphs drifting one of 8 ways under the static of a bad TV signal.
+"""Synthetic clips: coloured glyphs drifting one of 8 ways under noise.
 
 There are two tasks, motion and appearance: which way the glyphs drift, and which shape most of them
 have. Both are the same all over a clip, so they can be predicted at a masked position from the
-visible ones. The static cannot, and neither can the colour and angle of a glyph that is masked.
+visible ones. The noise cannot, and neither can the colour and angle of a glyph that is masked.
 A single frame shows the shape but no motion; frame differences do not tell left from right.
 """
 
@@ -51,8 +51,8 @@ class Synthetic(torch.utils.data.Dataset):
     """Endless clips, each a function of (seed, split, sample id), with VideoClips' interface.
 
     One glyph in ten is missing and one in ten has another shape; colour, size, angle, position and
-    speed vary. noise: std of the static, which is grey and new in every frame, where glyphs are
-    about 2 brighter than the background.
+    speed vary. noise: std of the noise, which is grey and new in every frame; glyphs are about 2
+    brighter than the background.
     """
 
     name, groups = "synthetic", None
@@ -107,8 +107,8 @@ class Synthetic(torch.utils.data.Dataset):
         points = self.pixels + torch.from_numpy(position.astype(np.float32))[:, None, None]
         frames = F.grid_sample(sheet.expand(T, -1, -1, -1), points * (2 / sheet.shape[-1]),
                                align_corners=False).transpose(0, 1)  # (3, T, H, W)
-        static = torch.from_numpy(rng.standard_normal(frames.shape[1:], dtype=np.float32))
-        clip = 2 * (frames - 0.25) + self.noise * static
+        noise = torch.from_numpy(rng.standard_normal(frames.shape[1:], dtype=np.float32))
+        clip = 2 * (frames - 0.25) + self.noise * noise
         if event == "switch":
             clip[:, half:] = self.draw_clip(sample_id + len(self))[:, half:]
         return clip

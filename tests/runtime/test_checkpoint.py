@@ -1,6 +1,5 @@
 import errno
 import os
-import platform
 import random
 import shutil
 import signal
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 import model
 import train
 from runtime import checkpoint
-from runtime.monitor import SkippedSteps
 from runtime.weights import CheckpointError
 from tests.runs import (FAST, ROOT, command, latest, metrics, run, same, send_signal, start,
                         train_here)
@@ -103,7 +101,7 @@ def test_a_run_with_dropout_resumes_bit_for_bit(tmp_path, finished):
     assert "resumed after step 2" in (tmp_path / "killed/output.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_current_step_and_leaves_a_checkpoint(number, tmp_path):
     flags = ["--name", "run", "--steps", "4000", "--save-every", "4000", "--workers", "1"]
     process = subprocess.Popen(command(*flags), cwd=tmp_path, text=True, start_new_session=True,
@@ -228,8 +226,8 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     for flags in ([], ["--restart"]):
         second = run(tmp_path, *LONG, *flags)
         assert second.returncode == 1 and second.stdout == ""
-        assert second.stderr == (f"error: runs/run: process {first.pid} on {platform.node()} is "
-                                 "training this run: wait, end it, or pass another --name\n")
+        assert second.stderr == ("error: runs/run: another process is training this run: wait, end "
+                                 "it, or pass another --name\n")
     assert first.is_alive() and not list(tmp_path.glob("runs/run.old*"))
     first.kill()  # which frees it
     first.join()
@@ -255,12 +253,27 @@ def test_a_field_that_an_older_checkpoint_lacks_had_its_default(copy):
         resume("--clip-grad", "5")
 
 
-def test_a_finished_run_goes_on_to_more_steps_and_never_back(copy, capsys):
-    resume("--steps", "8")
-    assert capsys.readouterr().err == (
-        "note: runs/run was made for 6 steps and goes on to 8, where its schedules end now\n")
-    assert [int(row["step"]) for row in metrics(copy, "run")] == list(range(1, 9))
-    with pytest.raises(ValueError, match="steps 8, not 6"):
+@pytest.mark.parametrize("steps, advice", [
+    ("8", "to train its weights further, pass --init runs/run and another --name"),
+    ("5", "pass another --name, or --restart to start over")])
+def test_schedules_are_made_for_a_number_of_steps_so_it_cannot_change(copy, steps, advice):
+    with pytest.raises(ValueError, match=f"^runs/run was made with steps 6, not {steps}: {advice}"):
+        resume("--steps", steps)
+
+
+@pytest.mark.parametrize("step", [-5, 7, 10 ** 9])
+def test_a_step_that_the_run_does_not_have_is_an_error(copy, step):
+    path = copy / "runs/run/checkpoint-0000006.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": step}, path)
+    with pytest.raises(CheckpointError, match=f"step {step} of a run of 6: "):
+        resume()
+
+
+def test_a_run_of_another_method_is_not_continued(copy):
+    path = copy / "runs/run/checkpoint-0000006.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"method": "ijepa"}}, path)
+    with pytest.raises(ValueError, match="method ijepa, not vjepa"):
         resume()
 
 
@@ -277,7 +290,7 @@ def test_every_python_file_that_training_can_import_counts_as_code(tmp_path, mon
     version = checkpoint.code_version()
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     versions = [version, checkpoint.code_version()]
-    for name in ("model.py", "blocks.py", "runtime/x.py", "video/x.py", "comparisons/x.py"):
+    for name in ("model.py", "blocks.py", "runtime/x.py", "video/x.py", "baselines/x.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
         versions.append(checkpoint.code_version())
@@ -293,12 +306,12 @@ def test_every_python_file_that_training_can_import_counts_as_code(tmp_path, mon
 
 
 def test_the_count_of_skipped_steps_is_restored(copy):
-    saved = latest(copy, "run")
-    optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
-    saved |= {"opt": optimizer.state_dict(), "skipped": 7, "consecutive_skips": 3}
-    skips = SkippedSteps()
-    checkpoint.restore(saved, optimizer, torch.amp.GradScaler("cpu", enabled=False), skips, "a")
-    assert (skips.total, skips.consecutive) == (7, 3)
+    path = copy / "runs/run/checkpoint-0000006.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"step": 5, "skipped": 7, "consecutive_skips": 3}, path)
+    resume()
+    assert metrics(copy, "run")[-1]["skipped"] == "7"
+    assert latest(copy, "run")["consecutive_skips"] == 0  # the last step was applied
 
 
 def test_two_checkpoints_are_kept_and_none_from_the_future(copy):
@@ -309,6 +322,11 @@ def test_two_checkpoints_are_kept_and_none_from_the_future(copy):
     network = train.build(config)[0]
     checkpoint.save(folder, checkpoint.state_of(
         5, config, network, train.build_optimizer(network, config),
-        torch.amp.GradScaler("cpu", enabled=False), SkippedSteps()))
+        torch.amp.GradScaler("cpu", enabled=False), 0, 0))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
         "checkpoint-0000004.pt", "checkpoint-0000005.pt"]
+
+
+def test_every_nth_checkpoint_is_kept_besides_the_last_two(tmp_path, monkeypatch):
+    train_here(tmp_path, monkeypatch, "--steps", "9", "--save-every", "1", "--keep-every", "3")
+    assert sorted(path.stem[-1] for path in Path("runs/run").glob("*.pt")) == list("3689")

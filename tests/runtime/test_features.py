@@ -9,7 +9,7 @@ from data import DataError, open_clips, open_splits
 from model import VJEPA, VisionTransformer
 from runtime import features
 from runtime.loading import BadFiles
-from runtime.session import open_datasets
+from train import open_datasets
 from runtime.features import (MotionEnergy, OneFrame, encode, encode_batches, on_clips,
                               open_encoder, random_init_encoder)
 from tests.conftest import GOLDEN

@@ -33,6 +33,15 @@ def test_a_number_has_a_meaning_or_is_an_error_in_one_line(script, field, value,
         assert train.build(config[0])
 
 
+@pytest.mark.parametrize("value", ["9" * 23, "9" * 400])
+@pytest.mark.parametrize("script, field", FIELDS, ids=[f"{s.__name__}-{f.name}" for s, f in FIELDS])
+def test_a_number_that_nothing_could_hold_is_an_error_in_one_line(script, field, value, capsys):
+    name = "--" + field.name.replace("_", "-")
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_args([name, value])
+    assert name in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("values", [[], ["1"], ["1.5", "0.75"], ["0.5", "1", "2"]])
 def test_an_interval_is_two_numbers_in_order(values, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -41,7 +50,7 @@ def test_an_interval_is_two_numbers_in_order(values, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"lr": math.nan}, {"aspect_ratio": [2.0, 1.0]},
-                                     {"method": "none"}])
+                                     {"momentum_schedule": "none"}])
 def test_ranges_are_checked_from_python_too(changes, tmp_path):
     config = dataclasses.replace(train.parse_args(FAST)[0], **changes)
     with pytest.raises(ValueError, match="--" + next(iter(changes)).replace("_", "-")):

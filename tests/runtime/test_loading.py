@@ -103,7 +103,7 @@ def test_too_little_shared_memory_is_an_error_and_not_a_hang(monkeypatch):
 def test_progress_is_a_line_from_time_to_time_without_a_terminal(monkeypatch, capsys):
     assert list(progress([[1], [2, 3]], "reading", 3, len)) == [[1], [2, 3]]
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(loading, "QUIET_SECONDS", -1)
+    monkeypatch.setattr(loading, "SECONDS_BETWEEN_LINES", -1)
     assert list(progress([[1], [2, 3]], "reading", 3, len)) == [[1], [2, 3]]
     assert capsys.readouterr().out == "reading: 1 of 3\nreading: 3 of 3\n"
 

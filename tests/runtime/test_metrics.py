@@ -30,13 +30,34 @@ def test_feature_metrics_tell_collapse_from_content():
     masks = sample_masks(samplers, range(32), 0)
     clips, labels = torch.randn(32, 3, 4, 16, 16), {"class": torch.arange(32) % 2}
     clips += labels["class"].view(-1, 1, 1, 1, 1) * 3
-    alive = metrics.feature_metrics(model, [(clips, masks, labels)])
+    alive = metrics.feature_metrics(model, [(clips, masks, labels)], ["class"], clips.device)
     assert alive["std_clips"] > 0.1 and alive["rankme"] > 10 and alive["knn_class"] > 0.9
     with torch.no_grad():
         model.target_encoder.patch_embed.proj.weight.zero_()  # features of position alone
-    dead = metrics.feature_metrics(model, [(clips, masks, labels)])
+    dead = metrics.feature_metrics(model, [(clips, masks, labels)], ["class"], clips.device)
     assert dead["std_clips"] < 1e-3 and dead["std_tokens"] > 0.1
     assert math.isinf(dead["relative_loss"]) or dead["relative_loss"] > 10
+
+
+class SortedClasses:
+    """400 classes of 600 clips, one class after the other, as in Kinetics's lists."""
+
+    class_names = {"class": list(range(400))}
+
+    def __len__(self):
+        return 240_000
+
+    def labels(self, sample_ids):
+        return {"class": torch.as_tensor(sample_ids) // 600}
+
+
+def test_perfect_features_have_a_perfect_accuracy_however_many_classes_there_are():
+    dataset = SortedClasses()
+    ids = metrics.evaluation_ids(dataset, 128)
+    labels = dataset.labels(ids)["class"]
+    assert len(ids) == 128 and len(labels.unique()) == 8
+    perfect = torch.eye(400)[labels]
+    assert metrics.accuracy(metrics.knn_predict(perfect, labels, perfect), labels) == 1
 
 
 def test_standardized_channels_have_mean_0_and_std_1_by_the_training_set():

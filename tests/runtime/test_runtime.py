@@ -19,7 +19,7 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", ["train", "probe", "tools.visualize", "comparisons.ablations",
+@pytest.mark.parametrize("module", ["train", "probe", "tools.visualize", "experiments.ablations",
                                     "tests.conftest"])
 @pytest.mark.parametrize("own, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
                                            ({"OMP_WAIT_POLICY": "active"}, "None")])

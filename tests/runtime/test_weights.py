@@ -1,4 +1,5 @@
 import os
+import zipfile
 
 import pytest
 import torch
@@ -166,6 +167,10 @@ def test_a_single_wrong_byte_of_weights_is_found(tmp_path, published):
     ({"target_encoder": {5: torch.zeros(1)}}, "'target_encoder' is not a state dict: entry 5"),
     ({"target_encoder": {"a": "b"}}, "'target_encoder' is not a state dict: entry 'a'"),
     ({"target_encoder": {"a": torch.zeros(1, device="meta")}}, "is not a state dict: entry 'a'"),
+    ({"target_encoder": {"a": torch.eye(3).to_sparse()}}, "is not a state dict: entry 'a'"),
+    ({"target_encoder": {"a": torch.ones(1).expand(9 ** 9)}}, "is not a state dict: entry 'a'"),
+    ({"config": {"data": 5}}, "'data' is a int"), ({"config": {"data": [5]}}, "'data' holds"),
+    ({"config": {"seed": None}}, "'seed' is a NoneType"),
     ({"target_encoder": {}}, "has no matrix blocks.0.mlp.fc1.weight"),
     ({"num_heads": "four"}, "'num_heads' is a str"), ({"num_heads": -4}, "num_heads -4 does not"),
     ({"num_heads": 5}, "num_heads 5 does not divide"), ({"config": "tiny"}, "'config' is a str"),
@@ -175,6 +180,30 @@ def test_odd_content_is_one_clear_line(change, says, tmp_path, published):
     with pytest.raises(CheckpointError, match=says) as raised:
         load_encoder(path)
     assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+
+
+# Wrong in several ways: cut off; pops from an empty stack; fetches what was never stored; sets
+# items of a number; builds a tensor of a string; ends without a result.
+@pytest.mark.parametrize("pickled", [
+    b"\x80\x02}", b"\x80\x020.", b"\x80\x02h\x05.", b"\x80\x02K\x01K\x02K\x03s.",
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nU\x01a\x85R.", b"\x80\x02(."])
+def test_a_malformed_pickle_is_one_clear_line(pickled, tmp_path):
+    with zipfile.ZipFile(tmp_path / "odd.pt", "w") as file:
+        file.writestr("odd/data.pkl", pickled)
+        file.writestr("odd/version", "3\n")
+    with pytest.raises(CheckpointError, match="odd.pt: not a readable checkpoint") as raised:
+        load_encoder(tmp_path / "odd.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_compressed_file_is_refused_before_it_is_read(tmp_path, published):
+    save(published, tmp_path / "good.pt")
+    with (zipfile.ZipFile(tmp_path / "good.pt") as good,
+          zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small):
+        for name in good.namelist():
+            small.writestr(name, good.read(name))
+    with pytest.raises(CheckpointError, match="compressed, which could fill the memory"):
+        load_encoder(tmp_path / "small.pt")
 
 
 def test_a_wrong_byte_of_a_published_probe_is_found(tmp_path):

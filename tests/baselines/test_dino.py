@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comparisons.dino import DINO, Crops, cut_crops, local_side
+from baselines.dino import DINO, Crops, cut_crops, local_side
 
 
 def setting():

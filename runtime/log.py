@@ -1,4 +1,4 @@
-"""What a run shows and records: metrics.csv, curves.png, the progress bar, skipped steps."""
+"""What a run shows and records: metrics.csv, curves.png, the progress bar, warnings."""
 
 import csv
 import json
@@ -7,40 +7,54 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
+from statistics import mean
 
 from tqdm import tqdm
 
 from runtime.device import peak_memory
-from runtime.loading import QUIET_SECONDS
+from runtime.loading import SECONDS_BETWEEN_LINES
 
 COLUMNS = ["step", "loss", "lr", "weight_decay", "momentum", "grad_norm_encoder",
            "grad_norm_predictor", "skipped", "std_clips", "std_tokens", "rankme", "relative_loss"]
 
 # When forced to collapse (momentum 0; no stop-gradient; learning rate 0.1), preset tiny's std_clips
-# fell to between 0.005 and 0.13; in five healthy runs it was above 0.6 from step 400 on. RankMe did
-# not fall below 45 there, but to 11 of 96 in a smaller model.
-STD_FLOOR, RANK_FLOOR = 0.25, 15.0
+# fell to between 0.005 and 0.13; in five healthy runs it was above 0.6 from step 400 on. RankMe is
+# no sign of that collapse: it rose to 102, from 63, because the little that is left has no order.
+STD_FLOOR = 0.25
 EVALS_BEFORE_WARNING = 3  # the first evaluation may come before the features have spread
-MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
 
 
-@dataclass
-class SkippedSteps:
-    """Counts the steps that changed nothing, because loss or gradient was not finite."""
+def print_summary(config, model, samplers, run_dir, first_step, device, how, batch):
+    """Print what a run is going to do; how: words about precision and memory; batch: how the global
+    batch is divided."""
+    grid = model.encoder.grid
+    N = math.prod(grid)
+    resumed = f", resumed after step {first_step}" if first_step else ""
+    hidden = [max(0, 1 - sampler.num_context / N) for sampler in samplers]
+    masked = " and ".join(f"{fraction:.0%}" for fraction in hidden)
+    counts = ", ".join(f"{s.num_context} -> {s.num_targets}" for s in samplers)
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+                      for name, network in model.named_children())
+    print(f"run         {run_dir}{resumed}",
+          f"method      {config.method} on {' '.join(config.data)}",
+          f"device      {device}, {', '.join(how)}",
+          f"batch       {config.batch_size} clips = {batch}",
+          f"steps       {config.steps}, warm-up {round(config.warmup * config.steps)}, "
+          f"peak learning rate {config.lr:g}",
+          f"tokens      {N} {grid} per clip; masked {masked}, mean {mean(hidden):.0%}; "
+          f"context -> targets {counts}",
+          f"parameters  {sizes}", sep="\n", flush=True)
 
-    total: int = 0
-    consecutive: int = 0
 
+class Log:
+    """Follows one run: progress bar, speed, metrics, warnings. Only rank 0 writes and, except about
+    skipped steps, prints. tasks: names of those with a k-NN accuracy."""
 
-class Monitor:
-    """Follows one run: progress bar, speed, metrics, skipped steps, warnings. Only rank 0 writes
-    and, except about skipped steps, prints. tasks: names of those with a k-NN accuracy."""
-
-    def __init__(self, run_dir, config, first_step, tasks, rank, device, skips):
+    def __init__(self, run_dir, config, first_step, tasks, rank, device):
         self.run_dir, self.config, self.first_step = run_dir, config, first_step
-        self.rank, self.device, self.skips = rank, device, skips
+        self.rank, self.device = rank, device
         # Time and steps are counted from the last evaluation on.
         self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, first_step
         self.printed = time.monotonic()
@@ -50,17 +64,17 @@ class Monitor:
         self.bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps,
                         unit="step", disable=None if rank == 0 else True)  # None: unless a terminal
 
-    def progress(self):
+    def steps(self):
         """The steps that are left, as an iterator that moves the progress bar."""
         self.since = time.perf_counter()
         return iter(self.bar)
 
-    def next(self, batches):
-        """next(batches), counted as time spent waiting for data."""
+    @contextmanager
+    def waiting(self):
+        """What runs inside counts as waiting for data."""
         started = time.perf_counter()
-        batch = next(batches)
+        yield
         self.waited += time.perf_counter() - started
-        return batch
 
     @contextmanager
     def paused(self):
@@ -69,29 +83,21 @@ class Monitor:
         yield
         self.since += time.perf_counter() - started
 
-    def skip(self, step, loss, grad_norms, sample_ids, scale=1.0):
-        """Count step 1, 2, ... as skipped and name the suspected micro-batches of this process."""
-        self.skips.total += 1
-        # A scaler that can still lower its scale is searching for one that does not overflow.
-        self.skips.consecutive += not (math.isfinite(loss) and scale > 1)
-        if sample_ids:
-            samples = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in sample_ids)
+    def skipped(self, step, loss, grad_norms, suspects):
+        """Say that step 1, 2, ... was skipped; suspects: the sample ids of the micro-batches of
+        this process that may be the cause."""
+        if suspects:
+            samples = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in suspects)
             tqdm.write(f"step {step} skipped: loss {loss:g}, gradient norms {grad_norms[0]:g} and "
                        f"{grad_norms[1]:g}; samples {samples}", file=sys.stderr)
 
-    def step(self, step, loss, lr, weight_decay, momentum, grad_norms, **evaluation):
-        """Record step 1, 2, ... Raises FloatingPointError after MAX_SKIPS skipped ones in a row."""
-        if all(map(math.isfinite, (loss, *grad_norms))):
-            self.skips.consecutive = 0
+    def step(self, step, loss, lr, weight_decay, momentum, grad_norms, skipped, evaluation):
+        """Record step 1, 2, ...; evaluation: metrics of the features, or {}."""
         if self.rank == 0:
-            values = step, loss, lr, weight_decay, momentum, *grad_norms, self.skips.total
+            values = step, loss, lr, weight_decay, momentum, *grad_norms, skipped
             self._record(dict(zip(COLUMNS, values, strict=False)), evaluation)
         if evaluation:
             self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, step
-        if self.skips.consecutive >= MAX_SKIPS:
-            raise FloatingPointError(
-                f"{MAX_SKIPS} steps in a row skipped, the last {step}, because loss or gradient is "
-                "not finite: check the samples named above, or lower --lr or --clip-grad")
 
     def _record(self, row, evaluation):
         """Write a row of metrics.csv; show it on the bar; print and draw what was evaluated."""
@@ -107,9 +113,9 @@ class Monitor:
             tqdm.write(f"memory      {peak:.3g} GB at its peak in the first step")
         left = timedelta(seconds=round(
             (self.config.steps - step) * elapsed / (step - self.evaluated)))
-        quiet = self.bar.disable and time.monotonic() - self.printed > QUIET_SECONDS
-        if evaluation or quiet:
-            shown |= {"left": left} if quiet else {}
+        is_due = self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES
+        if evaluation or is_due:
+            shown |= {"left": left} if is_due else {}
             shown |= {name: f"{value:.3g}" for name, value in evaluation.items()}
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
             sys.stdout.flush()  # a log file would show it only much later
@@ -125,6 +131,12 @@ class Monitor:
         if self.rank == 0:
             self.file.close()
             self.close_log()
+
+
+def check_logger(name):
+    """Raise ValueError if a package for --log is not installed."""
+    if name and not find_spec(name):
+        raise ValueError(f"--log {name}: the package {name} is not installed: pip install {name}")
 
 
 def open_logger(name, run_dir, first_step):
@@ -190,11 +202,10 @@ def draw_curves(run_dir):
 def collapse_warning(rows):
     """A warning if the last n = EVALS_BEFORE_WARNING evaluations among rows of metrics.csv show
     collapse, and the one before did not, so that it is given once; else None."""
-    rows, n = [row for row in rows if row["rankme"]], EVALS_BEFORE_WARNING
-    low = [float(row["std_clips"]) < STD_FLOOR or float(row["rankme"]) < RANK_FLOOR for row in rows]
+    rows, n = [row for row in rows if row["std_clips"]], EVALS_BEFORE_WARNING
+    low = [float(row["std_clips"]) < STD_FLOOR for row in rows]
     if len(low) < n or not all(low[-n:]) or any(low[-n - 1:-n]):
         return None
     return (f"warning: the features look collapsed since step {rows[-n]['step']}: std_clips below "
-            f"{STD_FLOOR} or rankme below {RANK_FLOOR:g}. Usual causes: --momentum-start too low; "
-            "--lr too high or --warmup too short; masks that leave too much visible or too little "
-            "to predict")
+            f"{STD_FLOOR}. Usual causes: --momentum-start too low; --lr too high or --warmup too "
+            "short; masks that leave too much visible or too little to predict")

@@ -1,9 +1,9 @@
-"""The paper's comparisons at laptop scale: small runs of train.py and probe.py, side by side.
+"""The paper's comparisons at laptop scale: small runs, trained and probed, side by side.
 
-    python -m comparisons.ablations --out docs     all tables -> docs/ablations.md, about 2 hours
-    python -m comparisons.ablations 1 5 --seeds 5  tables 1 and 5 -> out/ablations.md
-    python -m comparisons.ablations 2 --steps 3000 --embed-dim 96    with any flags of train.py
-    python -m comparisons.ablations 5 --list       the commands that would be run, for you to copy
+    python -m experiments.ablations --out docs     all tables -> docs/ablations.md, about 2 hours
+    python -m experiments.ablations 1 5 --seeds 5  tables 1 and 5 -> out/ablations.md
+    python -m experiments.ablations 2 --steps 3000 --embed-dim 96    with any flags of train.py
+    python -m experiments.ablations 5 --list       the commands that would be run, for you to copy
 
 Learning rates are chosen on validation clips, by equally many trials for every method. Then every
 run is trained with several seeds and tested once. A run uses one thread and leaves its results in
@@ -12,79 +12,102 @@ runs/; the same command continues an interrupted study.
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 from tqdm import tqdm
 
 import train
-from comparisons import report
-from comparisons.report import BASE, TABLES
+from experiments import report
+from experiments.tables import BASE, RUNS, TABLES
 from runtime.report import column
 
 ROOT = Path(train.__file__).parent
 TRIAL_SEED = 1000  # of the trials of learning rates; tables use 0, 1, 2, ...
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)
-RUNS = {run: flags for table in TABLES.values() for run, flags in table.runs.items()}
 TUNED = ("vjepa", "pixels", "videomae", "videomae2", "ijepa", "mae", "dino")
-# The run whose trials choose the learning rate: pixels-0.5 -> pixels, tube-masks -> vjepa.
-TUNED_AS = {run: next((name for name in TUNED if name == run.split("-")[0]), "vjepa")
-            for run in RUNS}
 
 
-def commands(run, seed, lr, train_flags=()):
-    """-> train.Config, the run's folder, and the commands that train and evaluate it."""
+class Job(NamedTuple):
+    """A run with one seed and one learning rate."""
+
+    run: str  # a key of RUNS
+    seed: int
+    lr: float
+
+
+def tuned_as(run):
+    """The run whose trials choose a run's learning rate: pixels-4x -> pixels, tube-masks -> vjepa.
+    """
+    method = run.split("-")[0]
+    return method if method in TUNED else "vjepa"
+
+
+def split_program(words):
+    """Words of a command -> its program, ["train.py"] or ["-m", MODULE], and its flags."""
+    length = 2 if words[0] == "-m" else 1
+    return words[:length], words[length:]
+
+
+def commands(job, train_flags=()):
+    """-> the run's Config, its folder, and the commands that train and evaluate it."""
+    program, own_flags = split_program(RUNS[job.run].split())
     mark = f"-{crc32(' '.join(train_flags).encode()):x}" if train_flags else ""
-    flags = [*BASE, *train_flags, *RUNS[run].split(), "--seed", str(seed), "--lr", f"{lr:g}",
-             "--lr-start", f"{lr / 10:g}", "--name", f"ablations-{run}-lr{lr:g}-seed{seed}{mark}"]
-    config, folder, _ = train.parse_args(flags)
-    is_trial = seed == TRIAL_SEED
-    fractions = [0.1, 0.05, 0.01] if run in TABLES[6].runs and not is_trial else [0.1]
-    probing = ["probe.py", "--checkpoint", str(folder), "--split", "val" if is_trial else "test",
-               "--label-fraction", *map(str, fractions), "--controls", "--seeds", "1", "--cache",
-               str(folder / "features"), "--workers", "0", "--device", config.device]
-    reading = ["-m", "tools.predictor", "--checkpoint", str(folder), "--workers", "0", "--device",
-               config.device]
-    return config, folder, [["train.py", *flags], probing,
-                            *[reading] * (run in TABLES[11].runs and not is_trial)]
+    name = f"ablations-{job.run}-lr{job.lr:g}-seed{job.seed}{mark}"
+    flags = [*BASE, *train_flags, *own_flags, "--seed", str(job.seed), "--lr", f"{job.lr:g}",
+             "--lr-start", f"{job.lr / 10:g}", "--name", name]
+    module = importlib.import_module(program[-1].removesuffix(".py"))
+    config, run_dir, _ = train.parse_args(flags, module.Config)
+
+    is_trial = job.seed == TRIAL_SEED
+    few_labels = job.run in TABLES[6].runs and not is_trial
+    probing = ["probe.py", "--checkpoint", str(run_dir), "--split", "val" if is_trial else "test",
+               "--label-fraction", *(["0.1", "0.05", "0.01"] if few_labels else ["0.1"]),
+               "--controls", "--seeds", "1", "--workers", "0", "--device", config.device]
+    steps = [[*program, *flags], probing]
+    if job.run in TABLES[11].runs and not is_trial:
+        steps.append(["-m", "tools.predictor", "--checkpoint", str(run_dir), "--workers", "0",
+                      "--device", config.device])
+    return config, run_dir, steps
 
 
 def execute(command, log):
     """Run a command on one thread -> its CPU seconds. Raises RuntimeError if it fails."""
-    script = [ROOT / command[0]] if command[0] != "-m" else ["-m"]
+    program, flags = split_program(command)
+    script = program if program[0] == "-m" else [ROOT / program[0]]
     with open(log, "a") as file:
         process = subprocess.Popen(
-            [sys.executable, *script, *command[1:]], stdout=file, stderr=file,
+            [sys.executable, *script, *flags], stdout=file, stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        name = command[command[0] == "-m"]
-        raise RuntimeError(f"{name} failed with exit code {process.returncode}: see {log}")
+        raise RuntimeError(f"{program[-1]} failed with exit code {process.returncode}: see {log}")
     return usage.ru_utime + usage.ru_stime
 
 
-def results_of(folder):
+def results_of(run_dir):
     """{column: value} of what a run's commands have left in its folder."""
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(run_dir / "metrics.csv", newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)][-50:]
     columns = {"loss": round(statistics.mean(losses), 4)}
-    for task, probes in json.loads((folder / "probe.json").read_text())["results"].items():
+    for task, probes in json.loads((run_dir / "probe.json").read_text())["results"].items():
         for probe, scores in probes.items():
             for fraction in (1, 0.1, 0.05, 0.01):
                 if column("trained", fraction) in scores:
                     columns[f"{task} {probe} {fraction:g}"] = scores[column("trained", fraction)]
-    if (folder / "predictor.json").exists():
-        content = json.loads((folder / "predictor.json").read_text())
+    if (run_dir / "predictor.json").exists():
+        content = json.loads((run_dir / "predictor.json").read_text())
         for task, scores in content["readouts"].items():
             columns |= {f"{task} {source}": value for source, value in scores.items()}
         for event, scores in content["surprise"].items():
@@ -92,32 +115,33 @@ def results_of(folder):
     return columns
 
 
-def do(run, seed, lr, args):
-    """Train and evaluate a run, unless that is done -> its row of results.csv, in a list.
+def do(job, args):
+    """Train and evaluate a run, unless that is done -> its row of results.csv. With --list only
+    print the commands -> None if it is not done.
 
-    With --list only print the commands -> an empty list if it is not done. If training was
-    interrupted, the row's seconds are those of its last part.
+    If training was interrupted, the row's seconds are those of its last part.
     """
-    config, folder, steps = commands(run, seed, lr, args.train_flags)
-    file, temporary = folder / "result.json", folder / "result.tmp"
+    config, run_dir, steps = commands(job, args.train_flags)
+    file, temporary = run_dir / "result.json", run_dir / "result.tmp"
     if args.list:
-        print(*(shlex.join(["python", *command]) for command in steps), sep="\n")
+        for command in steps:
+            print(shlex.join(["python", *command]))
     elif not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        seconds, *_ = [execute(command, folder / "log.txt") for command in steps]
-        shutil.rmtree(folder / "features")
-        row = {"run": run, "seed": seed, "lr": lr, "seconds": round(seconds, 1),
-               "clips": config.steps * config.batch_size}
-        temporary.write_text(json.dumps(row | results_of(folder)))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        seconds = [execute(command, run_dir / "log.txt") for command in steps]
+        row = {**job._asdict(), "seconds": round(seconds[0], 1),  # of training
+               "clips": config.steps * config.batch_size, **results_of(run_dir)}
+        temporary.write_text(json.dumps(row))
         os.replace(temporary, file)
-    return [json.loads(file.read_text())] if file.exists() else []
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def do_all(jobs, args):
-    """Do jobs, (run, seed, lr), args.jobs at a time -> their rows. Raises RuntimeError."""
+    """Do jobs, args.jobs at a time -> their rows of results.csv. Raises RuntimeError."""
     with ThreadPoolExecutor(1 if args.list else args.jobs) as pool:
-        done = pool.map(lambda job: do(*job, args), jobs)  # if one fails, no other is started
-        return sum(tqdm(done, total=len(jobs), disable=args.list or None), [])
+        done = pool.map(lambda job: do(job, args), jobs)  # if one fails, no other is started
+        rows = list(tqdm(done, total=len(jobs), disable=args.list or None))
+    return [row for row in rows if row]
 
 
 def choose_rates(trials):
@@ -133,11 +157,11 @@ def main(args):
     """Do what is missing for args.tables and write their report, or print the commands."""
     tables = {number: TABLES[number] for number in args.tables}
     runs = list(dict.fromkeys(run for table in tables.values() for run in table.runs))
-    trials = do_all([(run, TRIAL_SEED, lr) for run in dict.fromkeys(map(TUNED_AS.get, runs))
-                     for lr in LEARNING_RATES], args)
+    tuned = dict.fromkeys(tuned_as(run) for run in runs)
+    trials = do_all([Job(run, TRIAL_SEED, lr) for run in tuned for lr in LEARNING_RATES], args)
     rates = dict.fromkeys(TUNED, LEARNING_RATES[0])  # for --list before the trials
     rates |= choose_rates(trials)
-    results = do_all([(run, seed, rates[TUNED_AS[run]]) for run in runs
+    results = do_all([Job(run, seed, rates[tuned_as(run)]) for run in runs
                       for seed in range(args.seeds)], args)
     if args.list:
         return
@@ -157,14 +181,14 @@ def parse_args(arguments=None):
     """Command line -> namespace; flags that are unknown here are for train.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python -m comparisons.ablations [TABLE ...] [--FLAG VALUE ...]", allow_abbrev=False)
+        usage="python -m experiments.ablations [TABLE ...] [--FLAG VALUE ...]", allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds of every row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", default="out", help="folder for ablations.md and ablations/")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     arguments = sys.argv[1:] if arguments is None else arguments
     args, rest = parser.parse_known_args(arguments)
-    args.command = shlex.join(["python", "-m", "comparisons.ablations", *arguments])
+    args.command = shlex.join(["python", "-m", "experiments.ablations", *arguments])
     # Tables come first: a number behind a flag of train.py belongs to that flag.
     tables = list(map(int, takewhile(str.isdigit, rest)))
     args.tables, args.train_flags = tables or list(TABLES), rest[len(tables):]

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-import comparisons.masks
-from comparisons.masks import (ImageBlockMask, RandomMask, RunningCellMask, TruncatedMultiBlockMask,
-                               TubeMask)
+from baselines import ijepa, masks
+from baselines.ijepa import ImageBlockMask
+from baselines.masks import RandomMask, TruncatedMultiBlockMask, TubeMask
+from baselines.videomae2 import RunningCellMask
+from tests.runs import train_here
 
 FRAME = (1, 14, 14)
 SAMPLERS = [RandomMask((4, 7, 7)), RandomMask((4, 7, 7), 0.2, 0.5), TubeMask((4, 7, 7)),
@@ -36,40 +38,6 @@ def test_tubes_are_constant_in_time_and_random_masks_are_not():
     tube = visible_tokens(TubeMask((4, 7, 7), 0.1, 0.9))
     assert (tube == tube[:, :1]).all() and (tube[:, 0].sum(1) == 5).all()
     assert not (visible_tokens(RandomMask((4, 7, 7), 0.1, 0.9)).sum(2) == 5).all()
-
-
-def test_a_running_cell_covers_half_of_the_tokens_and_every_token_in_turn():
-    sampler = RunningCellMask((8, 6, 7))
-    decoded = np.stack([sampler.decoded(first) for first in range(4)]).reshape(4, 8, 6, 7)
-    assert (decoded.sum(axis=(1, 2, 3)) == 4 * 42).all() and len(np.unique(decoded, axis=0)) == 4
-    for start in range(5):
-        assert (decoded[:, start:start + 4].sum(axis=1) == 2).all()
-    assert (decoded[:, :-1] != decoded[:, 1:]).any(axis=1).all()  # it moves at every position
-    context, targets = sampler.sample(range(20), seed=0)
-    starts = []
-    for one, other in zip(context, targets, strict=True):
-        hidden = np.setdiff1d(np.arange(8 * 42), one)
-        starts += [first for first in range(4)
-                   if other.tolist() == hidden[sampler.decoded(first)[hidden]].tolist()]
-    assert len(starts) == 20 and set(starts) == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="multiple of 4 time steps, not 6"):
-        RunningCellMask((6, 7, 7))
-
-
-def test_image_blocks_are_rectangles_of_the_stated_sizes():
-    sampler, rng = ImageBlockMask(FRAME, num_blocks=1, target_ratio=0.14), np.random.default_rng(0)
-    masks = [sampler.sample_blocks(rng) for _ in range(300)]
-    for context, block in masks:
-        rows, columns = np.flatnonzero(block.any(1)), np.flatnonzero(block.any(0))
-        assert block.sum() == len(rows) * len(columns)  # filled, hence a rectangle
-        assert 0.12 * 196 <= block.sum() <= 0.22 * 196
-        assert 0.65 <= len(rows) / len(columns) <= 1.75
-        assert not (context & block).any()
-    assert 0.75 * 196 * 0.8 < np.mean([context.sum() for context, _ in masks]) < 196 * 0.85
-    with pytest.raises(ValueError, match="single time step, not 2"):
-        ImageBlockMask((2, 14, 14))
-    with pytest.raises(ValueError, match="no room"):
-        ImageBlockMask(FRAME, target_ratio=0.9, context_ratio=0.1)
 
 
 # Measured on the published sampler with a grid of 8 x 14 x 14: mean context of single clips; mean
@@ -122,10 +90,43 @@ def test_truncated_masks_are_usable_if_a_token_is_visible_and_one_is_masked():
         TruncatedMultiBlockMask((8, 14, 14), spatial_scale=1.0, aspect_ratio=(1, 1))
 
 
-@pytest.mark.parametrize("sampler", [ImageBlockMask(FRAME), TruncatedMultiBlockMask((8, 14, 14))])
-def test_sampling_ends_when_no_mask_is_usable(sampler, monkeypatch):
-    monkeypatch.setattr(comparisons.masks, "MAX_TRIES", 20)
+@pytest.mark.parametrize("module, sampler", [(ijepa, ImageBlockMask(FRAME)),
+                                             (masks, TruncatedMultiBlockMask((8, 14, 14)))])
+def test_sampling_ends_when_no_mask_is_usable(module, sampler, monkeypatch):
+    monkeypatch.setattr(module, "MAX_TRIES", 20)
     monkeypatch.setattr(sampler, "num_context", 196)
     monkeypatch.setattr(sampler, "is_usable", lambda masked: False, raising=False)
     with pytest.raises(ValueError, match="20 tries"):
         sampler.sample(range(3), seed=0)
+
+
+def test_other_masks_are_those_of_the_flags(built):
+    model, samplers, batch, clips = built(masks, "--masking", "tube", "--mask-ratio", "0.75")
+    assert len(batch) == 1 and batch[0][0].shape == (3, 4 * 9)
+    assert type(samplers[0]) is TubeMask and model(clips, batch).isfinite()
+    model, samplers, batch, clips = built(masks, "--masking", "multi-block-truncated")
+    assert [type(sampler) for sampler in samplers] == 2 * [TruncatedMultiBlockMask]
+    assert model(clips, batch).isfinite()
+    _, _, batch, _ = built(masks, "--masking", "random")  # with the ratios of multi-block masks
+    assert [context.shape[1] for context, _ in batch] == [28, 10]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--context-ratio", "0.2"], "--context-ratio and --target-ratio need one number per mask set"),
+    (["--context-ratio", "--target-ratio"], "--context-ratio and --target-ratio need one number"),
+    (["--masking", "multi-block-truncated", "--mask-ratio", "0.9"],
+     "--mask-ratio is for random and tube masks, not multi-block-truncated"),
+])
+def test_flags_that_do_not_fit_together_are_an_error(flags, message, built):
+    with pytest.raises(ValueError, match=message) as error:
+        built(masks, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_masks_differ_in_size_and_are_not_compiled(tmp_path, monkeypatch):
+    sampler = TruncatedMultiBlockMask((8, 14, 14))
+    assert len({sampler.sample(range(i, i + 4), 0)[0].shape for i in range(20)}) > 1
+    with pytest.raises(ValueError, match="--compile on"):
+        train_here(tmp_path, monkeypatch, "--masking", "multi-block-truncated", "--compile", "on",
+                   module=masks)
+    assert not (tmp_path / "runs").exists()

@@ -1,15 +1,30 @@
-"""Masked autoencoders: MAE, VideoMAE and VideoMAEv2 predict pixels instead of features."""
+"""MAE (He et al. 2022): predict the pixels of a frame's masked tokens.
 
+Sees      single frames, a quarter of their tokens at random
+Predicts  the pixels of the other tokens, normalized per token
+Loss      mean squared error
+
+    python -m baselines.mae --preset tiny
+
+VideoMAE and VideoMAEv2 (videomae.py, videomae2.py) are the same model with other masks, on clips.
+"""
+
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train
+from baselines.masks import RandomMask
 from model import VJEPA, init_weights, patchify
+from runtime.flags import flag
 
 
 def normalize_tubelets(tubelets):
     """Pixels of each token (B, N, P) to mean 0 and std 1 -> these, means and stds (B, N, 1).
 
-    So the faint structure of a flat patch counts as much as a strong edge (He et al. 2022).
+    So the faint structure of a flat patch counts as much as a strong edge.
     """
     mean = tubelets.mean(-1, keepdim=True)
     std = (tubelets.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
@@ -24,10 +39,9 @@ def unpatchify(tubelets, tubelet, grid):
 
 
 class MaskedAutoencoder(VJEPA):
-    """MAE, VideoMAE and VideoMAEv2 (He et al. 2022, Tong et al. 2022, Wang et al. 2023).
+    """V-JEPA whose predictor is a decoder: it predicts the pixels of masked tubelets.
 
-    V-JEPA whose predictor is a decoder: it predicts the pixels of masked tubelets. The three differ
-    in their masks only. There is no target encoder: the encoder itself is probed.
+    There is no target encoder: the encoder itself is probed.
     """
 
     probed_network = "encoder"
@@ -46,3 +60,24 @@ class MaskedAutoencoder(VJEPA):
 
     def update_target(self, momentum):
         """Nothing to update: pixels do not move."""
+
+
+@dataclass(frozen=True)
+class Config(train.Config):
+    """train.Config and the masking ratio."""
+
+    method = "mae"
+
+    mask_ratio: float = flag(0.75, "fraction of tokens masked", above=0, most=1)
+
+
+def build(config):
+    """The model, on the CPU, and its mask sampler. Raises ValueError for sizes that do not fit."""
+    torch.manual_seed(config.seed)
+    sizes = train.network_sizes(config) | {"num_frames": 1, "tubelet_size": 1}  # single frames
+    model = MaskedAutoencoder(**sizes, num_mask_sets=1)
+    return model, [RandomMask(model.encoder.grid, 1 - config.mask_ratio, config.mask_ratio)]
+
+
+if __name__ == "__main__":
+    train.cli(Config, build, __doc__)

@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from comparisons import report
-from comparisons.report import Table
+from experiments import report
+from experiments.tables import Table
 from tests.runs import ROOT
 
 
@@ -54,10 +54,11 @@ def test_the_page_in_docs_is_that_of_the_csv_files_in_docs(tmp_path):
 
 
 def test_a_table_shows_means_spreads_and_verdicts():
-    table = Table("Title", {"a": "--flag", "b": ""}, ["a > b"], "Paper.", {"x": "X"}, {"s": "S"})
+    table = Table("Title", {"a": "train.py --flag", "b": "train.py"}, ["a > b"], "Paper.",
+                  {"x": "X"}, {"s": "S"})
     runs = {"a": {"x": [0.8, 0.9], "s": [1, 3]}, "b": {"x": [0.1, 0.2], "s": [5, 5]}}
     _, rows, paper, claims, remark = report.section(1, table, runs, "Remark.")
-    assert "| a | --flag | 0.850 +- 0.071 | 2 |" in rows and paper == "**Paper.** Paper."
+    assert "| a | `train.py --flag` | 0.850 +- 0.071 | 2 |" in rows and paper == "**Paper.** Paper."
     assert "| a > b | +0.700 agree |" in claims and remark == "**Here.** Remark."
 
 

@@ -1,4 +1,11 @@
-"""DINO: self-distillation between crops of a frame, without labels (Caron et al. 2021)."""
+"""DINO (Caron et al. 2021): self-distillation between crops of a frame.
+
+Sees      crops of single frames: 2 large ones and 6 small ones
+Predicts  from any crop, the teacher's distribution over prototypes for a different, large crop
+Loss      cross-entropy
+
+    python -m baselines.dino --preset tiny
+"""
 
 import copy
 
@@ -9,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ema
+import train
 from masks import MultiBlockMask
 from model import VisionTransformer, init_weights
 
@@ -76,7 +84,7 @@ class Head(nn.Module):
 
 
 class DINO(nn.Module):
-    """A student predicts its own average, the teacher, from another crop of the same frame.
+    """A student, and a teacher that is the moving average of its weights.
 
     Both give a distribution over prototypes. Subtracting a mean keeps the teacher from always
     choosing the same prototype, a low temperature from giving all the same probability. The mean
@@ -86,8 +94,7 @@ class DINO(nn.Module):
     probed_network = "target_encoder"
     student_temperature, teacher_temperature = 0.1, 0.04
 
-    def __init__(self, *, embed_dim, predictor_dim, init_std, predictor_depth=0, num_mask_sets=1,
-                 **sizes):
+    def __init__(self, *, embed_dim, predictor_dim, init_std, **sizes):
         super().__init__()
         self.encoder = VisionTransformer(embed_dim=embed_dim, init_std=init_std, **sizes)
         prototypes = 64 * embed_dim  # 65,536 for ViT-L, as published
@@ -99,7 +106,7 @@ class DINO(nn.Module):
         self.seen = []  # sum and number of the teacher's outputs in each micro-batch of this step
 
     @torch.no_grad()
-    def teach(self, crops):
+    def teacher_probabilities(self, crops):
         """The teacher's distribution over prototypes: (B, C, 1, H, W) -> (B, K)."""
         outputs = self.target_predictor(self.target_encoder(crops).mean(1))
         if self.training:
@@ -116,7 +123,7 @@ class DINO(nn.Module):
         [(wide, local)] = masks
         side = local_side(self.encoder.grid) * self.encoder.tubelet[1]
         wide_crops = cut_crops(clips, wide, clips.shape[-1])  # (2 * B, C, 1, H, W)
-        teacher = self.teach(wide_crops).chunk(2)  # (B, K) for each crop
+        teacher = self.teacher_probabilities(wide_crops).chunk(2)  # (B, K) for each crop
         outputs = torch.cat([self.predictor(self.encoder(crops).mean(1))
                              for crops in (wide_crops, cut_crops(clips, local, side))])
         students = (outputs / self.student_temperature).log_softmax(-1).split(len(clips))
@@ -133,3 +140,22 @@ class DINO(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(total)
         self.center[0].lerp_(total[:-1] / total[-1], 0.1)
+
+
+class Config(train.Config):
+    """train.Config: there is no flag of its own."""
+
+    method = "dino"
+
+
+def build(config):
+    """The model, on the CPU, and the sampler of its crops."""
+    torch.manual_seed(config.seed)
+    sizes = train.network_sizes(config) | {"num_frames": 1, "tubelet_size": 1}  # single frames
+    del sizes["predictor_depth"]  # a head of three layers takes the predictor's place
+    model = DINO(**sizes)
+    return model, [Crops(model.encoder.grid)]
+
+
+if __name__ == "__main__":
+    train.cli(Config, build, __doc__)

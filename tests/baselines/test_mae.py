@@ -1,7 +1,8 @@
 import torch
 
-from comparisons.mae import MaskedAutoencoder, normalize_tubelets, unpatchify
-from comparisons.masks import RunningCellMask, TubeMask
+from baselines.mae import MaskedAutoencoder, normalize_tubelets, unpatchify
+from baselines.masks import TubeMask
+from baselines.videomae2 import RunningCellMask
 from model import patchify
 
 GRID, TUBELET = (4, 6, 6), (2, 4, 4)

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import shlex
 
@@ -6,10 +7,9 @@ import pytest
 
 import probe
 import train
-from comparisons import ablations
-from comparisons.ablations import RUNS, TRIAL_SEED
-from comparisons.methods import METHODS
-from comparisons.report import RANDOM, TABLES
+from experiments import ablations
+from experiments.ablations import TRIAL_SEED, Job
+from experiments.tables import RUNS, TABLES, UNTRAINED
 from runtime.weights import load_encoder
 from tests.runs import FAST, train_here
 from tools import predictor
@@ -19,22 +19,31 @@ SMALL = ("--img-size 24 --patch-size 8 --num-frames 4 --tubelet-size 2 --embed-d
          "--predictor-dim 24 --predictor-depth 1 --batch-size 4").split()
 
 
+def module_of(command):
+    """The module that a command, a list of words, runs."""
+    program, _ = ablations.split_program(command)
+    return importlib.import_module(program[-1].removesuffix(".py"))
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_can_be_trained(run):
-    config, _, [command, *_] = ablations.commands(run, 0, 1e-3)
-    model, samplers = train.build(config)
+    config, run_dir, [command, *_] = ablations.commands(Job(run, 0, 1e-3))
+    module = module_of(command)
+    model, samplers = module.build(config)
     assert samplers and model.encoder.norm.weight.shape == (64,)
     assert config.steps == {"random": 1, "0.25x": 125, "0.5x": 250, "4x": 2000}.get(
-        "random" if RANDOM in RUNS[run] else run.split("-")[-1], 500)
+        "random" if UNTRAINED in RUNS[run] else run.split("-")[-1], 500)
     assert (config.lr, config.lr_start, config.seed) == (1e-3, 1e-4, 0)
-    assert command[0] == "train.py" and train.parse_args(command[1:])[0] == config
+    assert run_dir.name == f"ablations-{run}-lr0.001-seed0"
+    _, flags = ablations.split_program(command)
+    assert train.parse_args(flags, module.Config) == (config, run_dir, False)
 
 
 def test_probes_get_the_split_and_the_label_fractions_that_tables_need():
     for run, seed, split, fractions in (
             ("vjepa", TRIAL_SEED, "val", [0.1]), ("vjepa", 0, "test", [0.1, 0.05, 0.01]),
             ("random", 0, "test", [0.1, 0.05, 0.01]), ("mae", 0, "test", [0.1])):
-        _, folder, [_, command, *_] = ablations.commands(run, seed, 1e-3)
+        _, folder, [_, command, *_] = ablations.commands(Job(run, seed, 1e-3))
         config = probe.parse_args(command[1:])
         assert (config.checkpoint, config.split, config.seeds) == (str(folder), split, 1)
         assert (config.controls, config.label_fraction) == ([], fractions)
@@ -43,29 +52,21 @@ def test_probes_get_the_split_and_the_label_fractions_that_tables_need():
 def test_the_predictor_is_read_in_the_runs_of_the_table_about_it():
     for run, seed, count in (("vjepa", 0, 3), ("vjepa-0.25x", 1, 3), ("vjepa", TRIAL_SEED, 2),
                              ("pixels", 0, 2)):
-        assert len(ablations.commands(run, seed, 1e-3)[2]) == count
-
-
-def test_every_table_compares_runs_that_are_in_it():
-    assert sorted(TABLES) == list(range(1, 12))
-    for table in TABLES.values():
-        assert all(RUNS[run] == flags for run, flags in table.runs.items())
-        assert {run for claim in table.claims for run in claim.split(" > ")} <= set(table.runs)
-    assert {train.parse_args(flags.split())[0].method for flags in RUNS.values()} == set(METHODS)
+        assert len(ablations.commands(Job(run, seed, 1e-3))[2]) == count
 
 
 def test_a_run_has_the_learning_rate_of_its_method():
-    for run, flags in RUNS.items():
-        if RANDOM not in flags and run != "no-stop-gradient":
-            method, tuned = (train.parse_args(RUNS[name].split())[0].method
-                             for name in (run, ablations.TUNED_AS[run]))
-            assert method == tuned
-    assert set(ablations.TUNED_AS.values()) == set(ablations.TUNED)
-    assert ablations.TUNED_AS["pixels-noise-0.7"] == "pixels"
+    for run, command in RUNS.items():
+        if UNTRAINED not in command and run != "no-stop-gradient":
+            module, tuned = (module_of(RUNS[name].split())
+                             for name in (run, ablations.tuned_as(run)))
+            assert module is tuned or run in TABLES[2].runs  # other masks, the same loss
+    assert set(map(ablations.tuned_as, RUNS)) == set(ablations.TUNED)
+    assert ablations.tuned_as("pixels-noise-0.7") == "pixels"
 
 
 def test_random_weights_are_those_that_training_starts_with(tmp_path, monkeypatch):
-    folder = train_here(tmp_path, monkeypatch, *RANDOM.split())
+    folder = train_here(tmp_path, monkeypatch, *UNTRAINED.split())
     start = train.build(train.parse_args(FAST)[0])[0].target_encoder.state_dict()
     for name, value in load_encoder(folder).state_dict().items():
         assert value.equal(start[name])
@@ -92,13 +93,14 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablations, "LEARNING_RATES", (1e-3,))
     monkeypatch.setattr(Synthetic, "splits", {"train": 80, "val": 32, "test": 40})
-    runs = {"ijepa": "--method ijepa --steps 8", "random-frames": f"--method ijepa {RANDOM}"}
+    runs = {"ijepa": "-m baselines.ijepa --steps 8",
+            "random-frames": f"-m baselines.ijepa {UNTRAINED}"}
     monkeypatch.setitem(TABLES, 7, TABLES[7]._replace(runs=runs, claims=["ijepa > random-frames"]))
     monkeypatch.setitem(RUNS, "ijepa", runs["ijepa"])
     # The trials are done.
     args = ablations.parse_args(["7", "--seeds", "1", "--jobs", "1", "--out", "docs", *SMALL])
     for run in ("ijepa", "vjepa"):
-        folder = ablations.commands(run, TRIAL_SEED, 1e-3, args.train_flags)[1]
+        folder = ablations.commands(Job(run, TRIAL_SEED, 1e-3), args.train_flags)[1]
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({
             "run": run, "seed": TRIAL_SEED, "lr": 1e-3, "motion attentive 1": 0.5,
@@ -108,13 +110,14 @@ def study(tmp_path, monkeypatch):
 
 def in_this_process(command, log):
     """Takes the place of ablations.execute, because a process would have to import torch."""
-    script, *flags = command
-    if script == "train.py":
-        train.main(*train.parse_args(flags))
-    elif script == "probe.py":
+    module, (_, flags) = module_of(command), ablations.split_program(command)
+    if module is probe:
         probe.main(probe.parse_args(flags))
+    elif module is predictor:
+        predictor.main(flags)
     else:
-        predictor.main(flags[1:])
+        config, run_dir, restart = train.parse_args(flags, module.Config)
+        train.main(config, run_dir, restart, build=module.build)
     return 2.04
 
 
@@ -124,7 +127,7 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, 
     ablations.main(study)
     text = (tmp_path / "docs/ablations.md").read_text()
     assert "## 7. Methods" in text and "## 1." not in text and "**0.375**" in text
-    assert "python -m comparisons.ablations 7 --seeds 1" in text
+    assert "python -m experiments.ablations 7 --seeds 1" in text
     with open(tmp_path / "docs/ablations/results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["seed"], row["clips"], row["seconds"]) for row in rows] == [
@@ -133,7 +136,7 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, 
         assert list(row)[:6] == ["run", "seed", "lr", "seconds", "clips", "loss"]
         assert all(0 <= float(row[f"appearance {probe} 0.1"]) <= 1
                    for probe in ("attentive", "linear", "knn"))
-    folder = ablations.commands("ijepa", 0, 1e-3, study.train_flags)[1]
+    folder = ablations.commands(Job("ijepa", 0, 1e-3), study.train_flags)[1]
     assert (folder / "probe.json").exists() and not (folder / "features").exists()
 
     monkeypatch.setattr(ablations, "execute", None)
@@ -144,7 +147,9 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, 
 
 def test_a_failing_run_ends_the_study_with_its_log(study, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    (tmp_path / "train.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    (tmp_path / "baselines").mkdir()
+    for script in ("train.py", "baselines/ijepa.py"):
+        (tmp_path / script).write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
     (tmp_path / "probe.py").write_text("raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="probe.py failed with exit code 3: see .*log.txt") as e:
         ablations.main(study)
@@ -158,7 +163,7 @@ def test_listed_commands_are_those_that_are_run(study, capsys):
     lines = capsys.readouterr().out.splitlines()
     expected = [command for job in (("ijepa", TRIAL_SEED), ("vjepa", TRIAL_SEED), ("ijepa", 0),
                                     ("random-frames", 0))
-                for command in ablations.commands(*job, 1e-3, study.train_flags)[2]]
+                for command in ablations.commands(Job(*job, 1e-3), study.train_flags)[2]]
     assert [shlex.split(line) for line in lines] == [["python", *words] for words in expected]
 
 
@@ -171,6 +176,7 @@ def test_other_flags_are_other_runs_and_an_unknown_table_or_flag_is_an_error(cap
     plain, other = ablations.parse_args(["3", "1"]), ablations.parse_args(["--steps", "3"])
     assert (plain.tables, plain.train_flags) == ([3, 1], [])
     assert (other.tables, other.train_flags) == (list(TABLES), ["--steps", "3"])
-    folders = [ablations.commands("vjepa", 0, 1e-3, args.train_flags)[1] for args in (plain, other)]
+    folders = [ablations.commands(Job("vjepa", 0, 1e-3), args.train_flags)[1]
+               for args in (plain, other)]
     assert str(folders[0]) == "runs/ablations-vjepa-lr0.001-seed0"
     assert folders[1].name.startswith("ablations-vjepa-lr0.001-seed0-")

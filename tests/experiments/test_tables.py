@@ -1,0 +1,26 @@
+import importlib
+from pathlib import Path
+
+import baselines
+from experiments.tables import RUNS, TABLES
+
+
+def test_every_table_compares_runs_that_are_in_it():
+    assert sorted(TABLES) == list(range(1, 12))
+    for table in TABLES.values():
+        assert all(RUNS[run] == command for run, command in table.runs.items())
+        assert {run for claim in table.claims for run in claim.split(" > ")} <= set(table.runs)
+
+
+def test_every_baseline_is_in_a_table():
+    files = Path(baselines.__file__).parent.glob("[!_]*.py")
+    modules = {command.split()[1] for command in RUNS.values() if command.startswith("-m ")}
+    assert modules == {f"baselines.{file.stem}" for file in files}
+    assert all(importlib.import_module(module).build for module in modules)
+    assert {command.split()[0] for command in RUNS.values()} == {"-m", "train.py"}
+
+
+def test_what_the_paper_says_names_its_source():
+    for table in TABLES.values():
+        assert table.paper.startswith(("Table ", "Figure ", "No table, but a figure",
+                                       "Not in the paper"))
