@@ -14,7 +14,6 @@ import atexit
 import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -202,7 +201,7 @@ def to_device(batch, device):
 
 
 class BatchMaker:
-    """For a DataLoader: a list of sample ids -> Batch, with masks, or in a worker an exception."""
+    """For a DataLoader: a list of sample ids -> Batch with masks, or, if it fails, an exception."""
 
     def __init__(self, dataset, sample_masks):
         self.dataset, self.sample_masks = dataset, sample_masks
@@ -215,26 +214,11 @@ class BatchMaker:
 
     def __getitem__(self, sample_ids):
         try:
-            batch = self.make_batch(sample_ids)
-            check_shared_memory(batch.clips.nbytes)
-            return batch
+            return self.make_batch(sample_ids)
         except DataError as error:
             return error
         except Exception:
             return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-
-
-def check_shared_memory(size):
-    """In a worker process: raise DataError if not every worker can pass on another `size` bytes.
-    Otherwise torch would lose the clips and wait for them forever."""
-    worker, folder = get_worker_info(), "/dev/shm"
-    if os.path.isdir(folder):
-        needed, free = worker.num_workers * size, shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: {worker.num_workers} workers need {needed / 1e9:.2g} GB for a batch of "
-                f"clips each, and {free / 1e9:.2g} GB are left: pass fewer --workers or a smaller "
-                "batch, or give the container more (docker run --shm-size 8g)")
 
 
 def start_worker(worker_id):
@@ -250,7 +234,7 @@ def start_worker(worker_id):
 
 
 def end_worker(error, batch):
-    """Called in a worker when it cannot send a batch, for lack of memory or of open files."""
+    """Called in a worker that cannot send a batch, for lack of memory or of open files."""
     print(f"a worker process cannot send a batch: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -286,9 +270,9 @@ def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None)
         else:
             return
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"worker processes failed: {reason}: fewer --workers need less memory and "
-                        "fewer open files (ulimit -n)") from None
+        raise DataError(f"worker processes failed: {str(error).splitlines()[0]}: pass fewer "
+                        "--workers or a smaller batch, or allow more open files (ulimit -n) or "
+                        "shared memory (docker run --shm-size 8g)") from None
     raise batch
 
 

@@ -1,18 +1,28 @@
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import count, islice
+
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, get_worker_info
 
 import data
-from data import DataError, open_clips
-from tests.conftest import frame_indices, write_video
-from video.decode import IMAGENET_MEAN, IMAGENET_STD, normalize
+from data import DataError, loader, open_clips, open_splits
+from masks import MultiBlockMask, sample_masks
+from tests.conftest import frame_indices, open_small, write_video
+from tests.runs import FAST, ROOT, run, train_here
+from video.decode import IMAGENET_MEAN, IMAGENET_STD, Batch, normalize
 from video.synthetic import Synthetic
 
-
-def open_small(paths, **options):
-    paths = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
-    return open_clips(paths, num_frames=4, frame_step=2, img_size=32, **options)
+CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -50,7 +60,7 @@ def test_a_tiny_video_is_enlarged(tmp_path):
 def test_weights_set_how_often_a_source_is_drawn(videos, monkeypatch):
     dataset = open_small([videos / "a" / "0.mp4", videos / "a"], weights=[3.0, 1.0])
     drawn = []
-    monkeypatch.setattr(data, "read_clip", lambda path, **_: (
+    monkeypatch.setattr(data, "read_clip", lambda path, *_, **__: (
         drawn.append(path) or np.zeros((1, 2, 2, 3), np.uint8)))
     dataset.batch(range(400))
     assert 280 < drawn.count(str(videos / "a" / "0.mp4")) < 350
@@ -98,3 +108,264 @@ def test_synthetic_clips_take_noise_but_no_options_of_files(videos):
             open_small("synthetic", **options)
     with pytest.raises(DataError, match="synthetic clips cannot be combined"):
         open_small(["synthetic", videos])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(videos):
+    dataset, sample_ids = open_small(videos, seed=5), list(range(7, 31))
+    expected = dataset.batch(sample_ids).clips
+    for workers in (0, 2):
+        endless = (list(range(i, i + 3)) for i in count(7, 3))
+        copy = pickle.loads(pickle.dumps(dataset))
+        batches = list(islice(loader(copy, endless, num_workers=workers), 8))
+        assert torch.equal(torch.cat([batch.clips for batch in batches]), expected)
+        assert torch.cat([batch.sample_ids for batch in batches]).tolist() == sample_ids
+
+
+def test_masks_come_with_the_clips_of_their_sample_ids(videos):
+    samplers = [MultiBlockMask((2, 4, 4), context_ratio=0.1, target_ratio=0.3)]
+    for workers in (0, 1):
+        batches = loader(open_small(videos), [[3, 4], [7]], workers,
+                         sample_masks=partial(sample_masks, samplers, seed=5))
+        for batch, sample_ids in zip(batches, ([3, 4], [7]), strict=True):
+            [(context, targets)] = batch.masks
+            expected = samplers[0].sample(sample_ids, seed=5)
+            assert torch.equal(context, expected[0]) and torch.equal(targets, expected[1])
+    [batch] = loader(open_small(videos), [[3]])
+    assert batch.masks == []
+
+
+def test_a_batch_without_readable_clips_comes_without_masks(videos):
+    masks = partial(sample_masks, [MultiBlockMask((2, 4, 4))], seed=0)
+    [batch] = loader(open_small(videos, train=False), [[9]], sample_masks=masks)
+    assert len(batch.clips) == 0 and len(batch.bad) == 1 and batch.masks == []
+
+
+def test_a_workers_error_arrives_as_one_line(videos):
+    dataset = open_small(videos)
+    for path in dataset.paths:
+        os.truncate(path, 0)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="sample 0: 20 files drawn, none") as error:
+            next(loader(dataset, [[0, 1]], num_workers=workers))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_in_training_ends_all_processes_with_its_traceback(processes, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ema
+ema.update = lambda *arguments: 1 / 0
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    ended = run(tmp_path, "--workers", "1", processes=processes, script=script, timeout=60)
+    assert ended.returncode == 1 and "ZeroDivisionError: division by zero" in ended.stderr
+
+
+class Failing:
+    """A data set that does something in worker processes only."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def batch(self, sample_ids):
+        return self.action() if get_worker_info() else Batch(torch.zeros(1), sample_ids, [])
+
+
+@pytest.mark.parametrize("action", [
+    lambda: os.kill(os.getpid(), signal.SIGKILL),
+    lambda: Batch(torch.zeros(1), [0], [lambda: "cannot be sent"])])
+def test_a_worker_that_is_killed_or_cannot_send_its_batch_is_an_error_and_not_a_hang(action):
+    with pytest.raises(DataError, match="worker processes failed: .*exited|killed"):
+        next(loader(Failing(action), [[0]], num_workers=1))
+
+
+# Runs a program for each of several errors in its workers, each in a process of its own.
+WORKER_ERRORS = """
+import builtins, os, resource, runpy, sys
+sys.path.insert(0, {root!r})
+import probe, train, torch._dynamo  # which the first optimizer imports
+from torch.utils.data import get_worker_info
+from video.synthetic import Synthetic
+
+batch = Synthetic.batch
+
+def failing(self, sample_ids):
+    if get_worker_info() and name != "ulimit":
+        raise getattr(builtins, name)("no such luck")
+    return batch(self, sample_ids)
+
+Synthetic.batch = failing
+names = {{}}
+for name in "RuntimeError", "MemoryError", "OSError", "ValueError", "ulimit":
+    names[pid := os.fork()] = name
+    if not pid:
+        if name == "ulimit":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+        sys.argv = [*{command!r}, *["--name", name] * ({command!r}[0] == "train.py")]
+        runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
+        sys.exit()
+for _ in names:
+    pid, status = os.wait()
+    print(names[pid], "ended with", os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("program, flags", [("train.py", FAST), ("probe.py", [])])
+def test_whatever_a_worker_raises_ends_the_run_with_its_cause_and_leaves_no_process(
+        program, flags, tmp_path, monkeypatch):
+    train_here(tmp_path, monkeypatch, "--steps", "1")
+    command = [program, *flags, "--workers", "2"]
+    script = WORKER_ERRORS.format(root=str(ROOT), command=command)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        printed, errors = process.communicate(timeout=100)
+        for name in "RuntimeError", "MemoryError", "OSError", "ValueError":
+            assert f"{name} ended with 1" in printed
+            assert f"\n{name}: no such luck\n" in errors  # and above it, the worker's traceback
+        assert "ulimit ended with 1" in printed and "Too many open files" in errors
+        wait_for(lambda: not group_exists(process.pid))
+    finally:
+        if group_exists(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_exists(group):
+    """Whether there is a process in a process group."""
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
+def wait_for(condition, seconds=30):
+    """Wait until condition() is true; fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# Its workers write their process id to a file's name and then take forever.
+SLOW_WORKERS = """
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+import train
+from video.synthetic import Synthetic
+
+def sleep(self, sample_ids):
+    open(f"worker-{{os.getpid()}}", "w").close()
+    time.sleep(600)
+
+Synthetic.batch = sleep
+sys.argv = {command!r}
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they end after their batch")
+def test_workers_end_at_once_when_the_main_process_is_killed(tmp_path):
+    script = SLOW_WORKERS.format(root=str(ROOT), command=["train.py", *FAST, "--workers", "2"])
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not group_exists(process.pid))
+    finally:
+        if group_exists(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def write_small_images(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i % 255, 0, 0)).save(folder / name)
+
+
+def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys):
+    write_small_images(tmp_path, [f"{label}/{name}.png" for label in "ab" for name in "pqrstu"])
+    train, _, [(train_ids, test_ids)] = open_splits([str(tmp_path)], "test", CLIP)
+    assert sorted(train_ids + test_ids) == list(range(12)) and len(test_ids) == 4
+    assert train.labels(test_ids)["class"].bincount().tolist() == [2, 2]
+    assert "held out" in capsys.readouterr().out
+
+
+def write_groups(folder):
+    write_small_images(folder, [f"{i}.png" for i in range(9)])
+    lines = ["path,label,group", *(f"{i}.png,{i % 2},g{i // 2}" for i in range(9))]
+    (folder / "list.csv").write_text("\n".join(lines))
+    return str(folder / "list.csv")
+
+
+def test_groups_are_held_out_whole(tmp_path):
+    clips, _, [(train_ids, test_ids)] = open_splits([write_groups(tmp_path)], "test", CLIP)
+    assert train_ids and test_ids
+    assert not {clips.groups[i] for i in train_ids} & {clips.groups[i] for i in test_ids}
+
+
+def test_leave_one_group_out_tests_on_every_group_once(tmp_path):
+    clips, test, folds = open_splits([write_groups(tmp_path)], "leave-one-group-out", CLIP)
+    assert sorted(i for _, test_ids in folds for i in test_ids) == list(range(9))
+    assert len(folds) == 5
+    for train_ids, test_ids in folds:
+        assert sorted(train_ids + test_ids) == list(range(9))
+        assert len({test.groups[i] for i in test_ids}) == 1
+        assert not {clips.groups[i] for i in train_ids} & {clips.groups[i] for i in test_ids}
+    write_small_images(tmp_path / "x", ["a/1.png", "b/1.png"])
+    with pytest.raises(DataError, match="needs a list with a group column"):
+        open_splits([str(tmp_path / "x")], "leave-one-group-out", CLIP)
+
+
+def test_val_is_used_if_there_is_no_test_split(tmp_path, capsys):
+    write_small_images(tmp_path, [f"{part}/{label}/1.png" for part in ("train", "val")
+                                  for label in "ab"])
+    _, test, [(_, test_ids)] = open_splits([str(tmp_path)], "test", CLIP)
+    assert "'val' is used" in capsys.readouterr().out
+    assert all("/val/" in test.path(i) for i in test_ids) and len(test_ids) == 2
+
+
+def test_test_data_may_be_elsewhere_and_must_have_the_classes_of_the_training_data(tmp_path):
+    write_small_images(tmp_path, ["1.png", "2.png"])
+    for name, text in (("a", "1.png 0\n2.png 1"), ("b", "2.png 1"), ("c", "1.png 0\n2.png 2")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    a, b, c = (str(tmp_path / f"{name}.txt") for name in "abc")
+    train, test, [(train_ids, test_ids)] = open_splits([a], "test", CLIP, [b], views=3)
+    assert (list(train_ids), list(test_ids)) == ([0, 1], [0])
+    assert test.labels(test_ids)["class"].tolist() == [1]
+    assert train.protocol == (1, 1) and test.protocol == (1, 3)
+    with pytest.raises(DataError, match=r"c.txt:2: label 2 is not among the 2 classes"):
+        open_splits([a], "test", CLIP, [c])
+
+
+def test_synthetic_clips_have_their_own_test_split():
+    clip = {**CLIP, "fps": 0.0, "noise": 0.6, "seed": 5}
+    train, test, [(train_ids, test_ids)] = open_splits(["synthetic"], "test", clip, segments=1,
+                                                       views=1)
+    assert (len(train_ids), len(test_ids)) == (len(train), len(test))
+    assert (train.split, test.split) == ("train", "test")
+
+
+def test_unlabelled_clips_cannot_be_probed(tmp_path):
+    write_small_images(tmp_path, ["1.png", "2.png"])
+    with pytest.raises(DataError, match=f"{tmp_path}: no label"):
+        open_splits([str(tmp_path)], "test", CLIP)
+
+
+def test_clips_without_a_label_are_left_out_and_counted_once(videos, capsys):
+    shutil.copy(videos / "a/0.mp4", videos / "loose.mp4")
+    train, test, [(train_ids, test_ids)] = open_splits([str(videos)], "test", CLIP)
+    assert train.classes == test.classes == ["a", "b"] and len(train_ids) + len(test_ids) == 12
+    clips = open_clips([str(videos)], **CLIP, train=False, need_labels=True)
+    assert (len(clips), clips.classes) == (12, ["a", "b"])
+    assert len(open_clips([str(videos)], **CLIP)) == 13
+    assert capsys.readouterr().err == (
+        "note: 1 of 13 clips have no label, so evaluations leave them out; the first is "
+        f"{videos}/loose.mp4\n")

@@ -64,10 +64,6 @@ class Playback(Dataset):
         speed, backwards = torch.tensor([self.locate(i)[1:] for i in sample_ids]).T
         return {task: {"arrow": backwards, "speed": speed}[task] for task in self.class_names}
 
-    def identity(self):
-        """Text that changes with the files, and with how clips are cut from them."""
-        return f"{SPEEDS} {self.files} {[clips.identity() for clips in self.played]}"
-
 
 def at_speed(clips, speed):
     """The same files, played faster."""

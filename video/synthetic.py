@@ -135,7 +135,3 @@ class Synthetic(torch.utils.data.Dataset):
         """Text to show beside a clip's picture."""
         _, motion, shape = self.draw_labels(sample_id)
         return f"{MOTIONS[motion]}\n{SHAPES[shape]}"
-
-    def identity(self):
-        """Text that changes with the clips."""
-        return f"{self.num_frames, self.img_size, self.seed, self.split, self.noise}"
