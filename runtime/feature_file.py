@@ -56,8 +56,8 @@ def read(path):
 
 
 def split_folds(file, split, name):
-    """[(train_ids, test_ids)] of a FeatureFile, by the rules of data.open_splits; name: of the file,
-    for the DataError."""
+    """Folds [(train_ids, test_ids)] of a FeatureFile, by the rules of data.open_splits. Raises
+    DataError, which mentions the file's name."""
     def clips_of(*splits):
         return [i for i, clip_split in enumerate(file.splits) if clip_split in ("", *splits)]
 
