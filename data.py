@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
 from video.listing import PackedStrings, load_entries, number_labels, with_labels
-from video.playback import Playback
 from video.synthetic import Synthetic
 
 
@@ -274,55 +273,3 @@ def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None)
                         "--workers or a smaller batch, or allow more open files (ulimit -n) or "
                         "shared memory (docker run --shm-size 8g)") from None
     raise batch
-
-
-def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, tasks=()):
-    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
-
-    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
-    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
-    for each group. clip_options: of open_clips, as from open_encoder; views: of test clips only;
-    tasks: of video/playback instead of the clips' classes. Raises DataError.
-    """
-    def open_split(split, paths=data, **options):
-        clips = open_clips(paths, **clip_options, split=split, train=False, segments=segments,
-                           need_labels=not tasks, **options)
-        if tasks and not isinstance(clips, VideoClips):
-            raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")
-        return Playback(clips, tasks) if tasks else clips
-
-    leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train")
-    ids, groups = range(len(train)), train.groups
-    if not leave_out and split not in ("test", "val", *train.splits):
-        raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "
-                        f"splits of {train.name}")
-    if test_data:
-        test = open_split(None, test_data, views=views,
-                          classes=getattr(train, "classes", None))
-        return train, test, [(ids, range(len(test)))]
-    if split not in train.splits and "val" in train.splits and not leave_out:
-        print(f"no '{split}' split: 'val' is used")
-        split = "val"
-    if split in train.splits:
-        test = open_split(split, views=views)
-        return train, test, [(ids, range(len(test)))]
-    if groups and len(set(groups)) < 2:
-        raise DataError(f"{train.name}: all clips are of one group, so none can be held out")
-    if leave_out:
-        if not groups:
-            raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
-        held_out = [{group} for group in sorted(set(groups))]
-    else:
-        if groups:
-            print(f"no '{split}' split: every third group is held out")
-            order = sorted(set(groups))
-        else:  # every clip is its own group
-            print(f"no '{split}' split: every third clip is held out. If several clips are from "
-                  "one video, name it in a column 'group' of a list, or training has seen it")
-            [labels] = train.labels(ids).values()
-            groups, order = ids, labels.argsort(stable=True).tolist()
-        held_out = [set(order[::3])]
-    folds = [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
-             for test in held_out]
-    return train, open_split(None if leave_out else "train", views=views), folds

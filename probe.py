@@ -4,38 +4,59 @@
     python probe.py --checkpoint runs/NAME   that run; or a checkpoint file, published ones too
     python probe.py --data videos/ --task arrow speed      without labels: which way, how fast?
     python probe.py --checkpoint vitl16.pth.tar --data train.csv --test-data val.csv --protocol k400
+    python probe.py --features features.npz  what tools.extract has written
 
-The frozen target encoder encodes every clip once (runtime/features.py). Then three probes are
-trained, with all and with few of the labels: attentive (a learned query attends to all tokens),
-linear (logistic regression on the mean token), and knn (a vote of the nearest mean tokens).
-Controls: the encoder with random weights; the trained encoder on a single frame, which shows no
-motion; differences of successive frames, which are what pixels tell about motion.
+The frozen target encoder encodes every clip once. Then three probes are trained, with all and with
+few of the labels: attentive (a learned query attends to all tokens), linear (logistic regression on
+the mean token), and knn (a vote of the nearest mean tokens). Controls: the encoder with random
+weights; the trained encoder on a single frame, which shows no motion; and differences of successive
+frames, a pixel baseline for motion.
 """
 
 import argparse
-import copy
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import runtime  # noqa: F401 (before torch)
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError, open_splits
+from data import DataError
 from model import MLP, init_weights
-from runtime import report
-from runtime.evaluation import CONTROLS, SourceConfig, compare, control, open_source
+from runtime import feature_file, report
+from runtime.device import DTYPES, pick_device, pick_precision
 from runtime.flags import check, flag, parse
-from runtime.metrics import accuracy, knn_predict, knn_votes, standardize
+from runtime.loading import BadFiles, progress
+from runtime.metrics import accuracy, knn_votes, standardize
+from runtime.source import (SourceConfig, check_memory, open_source, open_splits,
+                            random_init_encoder, read_clips)
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
 from video.playback import TASKS
 
+PROBES = ["attentive", "linear", "knn"]
+CONTROLS = ["random_init", "one_frame", "motion_energy"]
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """What to probe, on which clips, and how."""
+
+    features: str = flag("", "a file of tools.extract, instead of a checkpoint and clips")
+    test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
+    label_fraction: list[float] = flag([0.1], "of the labels, besides all", above=0, most=1)
+    seeds: int = flag(3, "probe seeds", least=1)
+    task: list[str] = flag([], "arrow, speed: of playback, without labels", list(TASKS))
+    probes: list[str] = flag(PROBES, "which probes to train; attentive needs all tokens", PROBES)
+    controls: list[str] = flag(CONTROLS, "what to probe besides the trained encoder", CONTROLS)
+
 
 class CrossAttention(nn.Module):
-    """One query attends to all tokens. (`proj` is in the published files, but never applied.)"""
+    """A single query attends to all tokens. (`proj` is in published files, but never applied.)"""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -44,24 +65,24 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def weights(self, query, x, scale=1.0):
+    def weights(self, query, x):
         """Attention of each head to each token: (1, 1, D), (B, N, D) -> (B, N, heads)."""
+        # q (K x)^T = (K^T q) x^T: the one query goes through the key matrix instead of all tokens.
+        # The bias of the keys raises all scores of a head equally: it has no effect.
         D, h = x.shape[-1], self.num_heads
-        key = self.kv.weight[:D].view(h, D // h, D)
-        query = torch.einsum("hd,hdD->hD", self.q(query).view(h, D // h), key) * scale
+        K = self.kv.weight[:D].view(h, D // h, D)
+        query = torch.einsum("hd,hdD->hD", self.q(query).view(h, D // h), K)
         return (x @ query.T * (D // h) ** -0.5).softmax(dim=1)
 
-    def forward(self, query, x, scale=1.0, shift=0.0):
-        """The query (1, 1, D) attends to the tokens scale * x + shift, x (B, N, D) -> (B, 1, D).
-
-        The single query goes through the key matrix instead of all tokens, and the value matrix is
-        applied after averaging; scale and shift (D,) likewise. That gives the same result at a
-        tenth of the cost. (The bias of the keys raises all scores equally: it has no effect.)
-        """
+    def forward(self, query, x):
+        """The query attends to the tokens: (1, 1, D), (B, N, D) -> (B, 1, D)."""
+        # softmax(q K x^T) V x = V (softmax((K^T q) x^T) x): tokens are averaged first, and only the
+        # averages go through the value matrix. No token needs a key or a value, which would cost
+        # ten times as much. The weights sum to 1, so the bias of the values is added at the end.
         D, h = x.shape[-1], self.num_heads
-        value = self.kv.weight[D:].view(h, D // h, D)
-        averages = self.weights(query, x, scale).transpose(1, 2) @ x * scale + shift  # (B, h, D)
-        values = torch.einsum("bhD,hdD->bhd", averages, value).flatten(1)  # (B, D)
+        V = self.kv.weight[D:].view(h, D // h, D)
+        averages = self.weights(query, x).transpose(1, 2) @ x  # (B, h, D)
+        values = torch.einsum("bhD,hdD->bhd", averages, V).flatten(1)  # (B, D)
         return (values + self.kv.bias[D:])[:, None]
 
 
@@ -76,8 +97,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, query, x):
-        x = F.layer_norm(x, x.shape[-1:], eps=self.norm1.eps)
-        query = query + self.xattn(query, x, self.norm1.weight, self.norm1.bias)
+        query = query + self.xattn(query, self.norm1(x))
         return query + self.mlp(self.norm2(query))
 
 
@@ -119,42 +139,47 @@ class AttentiveProbe(nn.Module):
         return probe.eval()
 
 
-def fit_attentive(tokens, labels, train_ids, val_ids, num_heads, num_classes, seed, device="cpu"):
-    """Train an attentive probe on stored tokens; keep the epoch that is best on validation.
+def shuffled_batches(num_clips, seed):
+    """Which clips each step of an attentive probe trains on: a list of index tensors (b,).
 
-    tokens: (n, V, N, D), of which the first view is used; labels: (n,). As published: 20 epochs of
-    AdamW, learning rate 1e-3 with a cosine to 0, weight decay 0.01; but at least 200 steps.
+    20 epochs, as published, but at least 200 steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(64, num_clips)
+    steps = num_clips // size  # per epoch
+    return [batch for _ in range(max(20, math.ceil(200 / steps)))
+            for batch in torch.randperm(num_clips, generator=generator).split(size)[:steps]]
+
+
+def fit_attentive(batches, steps, embed_dim, num_heads, num_classes, seed=0, device="cpu"):
+    """Train an attentive probe: AdamW, learning rate 1e-3 with a cosine to 0, weight decay 0.01.
+
+    batches: `steps` pairs of tokens (b, N, D) and labels (b,). As published, the last step's
+    weights are kept, so no labels need to be held out.
     """
     torch.manual_seed(seed)
-    probe = AttentiveProbe(tokens.shape[-1], num_heads, num_classes, init_std=None).to(device)
+    probe = AttentiveProbe(embed_dim, num_heads, num_classes, init_std=None).to(device)
+    # The key and value matrices can absorb norm1's scale and shift. If these are not trained, no
+    # gradient has to reach the tokens, and a step takes a third less time.
+    probe.pooler.cross_attention_block.norm1.requires_grad_(False)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    batch_size = min(64, len(train_ids))
-    steps = len(train_ids) // batch_size
-    epochs = max(20, math.ceil(200 / steps))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    best, best_state = -1.0, None
-    for epoch in range(epochs):
-        for ids in train_ids[torch.randperm(len(train_ids))].split(batch_size)[:steps]:
-            logits = probe(tokens[ids, 0].to(device, torch.float32))  # (b, num_classes)
-            loss = F.cross_entropy(logits, labels[ids].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if epoch >= epochs // 2:
-            score = accuracy(predict(probe, tokens[val_ids, :1]).argmax(1), labels[val_ids])
-            if score >= best:
-                best, best_state = score, copy.deepcopy(probe.state_dict())
-    probe.load_state_dict(best_state)
-    return probe
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for tokens, labels in batches:
+        loss = F.cross_entropy(probe(tokens.to(device, torch.float32)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return probe.eval()
 
 
 @torch.no_grad()
-def predict(probe, tokens):
-    """Class probabilities, averaged over the views: (n, V, N, D) -> (n, num_classes)."""
+def predict(probe, batches):
+    """Class probabilities, averaged over the views: tokens (b, V, N, D), ... -> (n, classes)."""
     device = probe.linear.weight.device
-    return torch.cat([probe(part.flatten(0, 1).to(device, torch.float32)).softmax(-1)
-                      .unflatten(0, part.shape[:2]).mean(1).cpu() for part in tokens.split(64)])
+    return torch.cat([
+        probe(tokens.flatten(0, 1).to(device, torch.float32)).softmax(-1)
+        .unflatten(0, tokens.shape[:2]).mean(1).cpu() for tokens in batches])
 
 
 def fit_linear(features, labels, decay, num_classes):
@@ -196,44 +221,111 @@ def split_for_validation(labels, generator):
     return order[~held_out], order[held_out]
 
 
-def probe_all(train, test, task, num_classes, num_heads, fraction=1.0, seed=0, rows=None,
-              device="cpu"):
-    """Train all probes on one task: {probe: predicted classes of the test clips (m,)}.
+def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads, fraction=1.0,
+               seed=0, probes=PROBES, device="cpu"):
+    """Train probes on one task: {probe: predicted classes of the test clips (m,)}.
 
-    train, test: features.Features; fraction: of the labels to use; rows: (training, test) clips as
-    index tensors, if not all. A fifth of the labels is held out to choose weight decay, neighbours
-    and epochs; the test set chooses nothing. A single token gets no attentive probe.
+    train, test: Features; train_ids (n,), test_ids (m,): which of their clips; labels: of `train`.
+    Probes are trained on the centre view and tested on all views. Each fits a fraction of the
+    labels, all three the same; linear and k-NN take the weight decay and the number of neighbours
+    that were best with a fifth of these held out. A single token gets no attentive probe.
     """
-    train_rows, test_rows = rows or map(torch.arange, (len(train.tokens), len(test.tokens)))
     generator = torch.Generator().manual_seed(seed)
-    used = train_rows[balanced_subset(train.labels[task][train_rows], fraction, generator)]
-    labels = train.labels[task][used]
+    ids = train_ids[balanced_subset(labels[train_ids], fraction, generator)]
+    labels, centre = labels[ids], train.mean.shape[1] // 2
     fit, val = split_for_validation(labels, generator)
-    mean, mean_test = standardize(train.pooled[used, 0], test.pooled[test_rows])  # (n, D) (m, V, D)
+    mean, mean_test = standardize(train.mean[ids, centre], test.mean[test_ids])  # (n, D) (m, V, D)
+    predicted = {}
 
-    decay = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda decay: accuracy(
-        fit_linear(mean[fit], labels[fit], decay, num_classes)(mean[val]).argmax(1), labels[val]))
-    k = max((20, 10, 5, 3), key=lambda k: accuracy(
-        knn_predict(mean[fit], labels[fit], mean[val], k), labels[val]))
-    votes = knn_votes(mean, labels, mean_test.flatten(0, 1), k).unflatten(0, mean_test.shape[:2])
-    scores = {"linear": fit_linear(mean, labels, decay, num_classes)(mean_test).mean(1),
-              "knn": votes.sum(1)}
-    if train.tokens.shape[2] > 1:
-        attentive = fit_attentive(train.tokens, train.labels[task], used[fit], used[val], num_heads,
-                                  num_classes, seed, device)
-        scores = {"attentive": predict(attentive, test.tokens[test_rows]), **scores}
-    return {probe: values.argmax(1) for probe, values in scores.items()}
+    if "attentive" in probes and train.tokens.shape[2] > 1:
+        batches = shuffled_batches(len(ids), seed)
+        probe = fit_attentive(((train.tokens[ids[i], centre], labels[i]) for i in batches),
+                              len(batches), mean.shape[-1], num_heads, num_classes, seed, device)
+        scores = predict(probe, (test.tokens[part] for part in test_ids.split(64)))
+        predicted["attentive"] = scores.argmax(1)
+
+    if "linear" in probes:
+        decays = {decay: fit_linear(mean[fit], labels[fit], decay, num_classes)(mean[val])
+                  for decay in (1e-1, 1e-2, 1e-3, 1e-4)}
+        best = max(decays, key=lambda decay: accuracy(decays[decay].argmax(1), labels[val]))
+        scores = fit_linear(mean, labels, best, num_classes)(mean_test).mean(1)  # over views
+        predicted["linear"] = scores.argmax(1)
+
+    if "knn" in probes:
+        best = max((20, 10, 5, 3), key=lambda k: accuracy(
+            knn_scores(mean[fit], labels[fit], mean[val], k).argmax(1), labels[val]))
+        votes = knn_scores(mean, labels, mean_test.flatten(0, 1), best)
+        predicted["knn"] = votes.unflatten(0, mean_test.shape[:2]).sum(1).argmax(1)
+    return predicted
 
 
-@dataclass(frozen=True)
-class Config(SourceConfig):
-    """What to probe, on which clips, and how."""
+def knn_scores(train, labels, test, k):
+    """metrics.knn_votes for 256 test clips at a time: all similarities at once may not fit."""
+    return torch.cat([knn_votes(train, labels, part, k) for part in test.split(256)])
 
-    test_data: list[str] = flag([], "clips to test on (default: the --split of --data)")
-    label_fraction: list[float] = flag([0.1], "of the labels, besides all", above=0, most=1)
-    seeds: int = flag(3, "probe seeds", least=1)
-    task: list[str] = flag([], "arrow, speed: of playback, without labels", list(TASKS))
-    controls: list[str] = flag(CONTROLS, "what to probe besides the trained encoder", CONTROLS)
+
+def middle_frame(clips):
+    """Clips whose middle frame is repeated, so that nothing moves: (B, C, T, H, W) -> the same."""
+    middle = clips.shape[2] // 2
+    return clips[:, :, middle:middle + 1].expand_as(clips)
+
+
+def motion_energy(clips):
+    """Mean |difference of successive frames| in 4 x 8 x 8 cells, as one token: (B, 1, 256)."""
+    gray = clips.mean(1).cpu()  # (B, T, H, W); MPS cannot pool in 3-D
+    differences = (gray[:, 1:] - gray[:, :-1]).abs() if gray.shape[1] > 1 else gray * 0
+    return F.adaptive_avg_pool3d(differences, (4, 8, 8)).flatten(1)[:, None]
+
+
+class Features(NamedTuple):
+    """Frozen features of n clips, in main memory; the N tokens of a view are those of one segment
+    after another."""
+
+    tokens: torch.Tensor | None  # (n, V, N, D) float16; None: not kept
+    mean: torch.Tensor  # (n, V, D) float32: the mean over the tokens
+
+
+@torch.no_grad()
+def encode_batch(encoder, clips):
+    """Clips (B, V, S, C, T, H, W) -> tokens (B, V, S * N, D) float32; on CUDA in half precision."""
+    precision = pick_precision("auto", clips.device)
+    with torch.autocast(clips.device.type, DTYPES[precision], precision != "fp32"):
+        tokens = encoder(clips.flatten(0, 2)).float()  # (B * V * S, N, D)
+    return tokens.unflatten(0, clips.shape[:3]).flatten(2, 3)
+
+
+def encode(encoders, batches, num_clips, keep_tokens=True):
+    """Encode clips with all encoders -> {name: Features}, and a list of the clips' sample ids.
+
+    encoders: {name: function from clips (B, C, T, H, W) to tokens (B, N, D)}; batches: as from
+    source.read_clips, num_clips in all; keep_tokens: not only their mean. Raises DataError.
+    """
+    features, encoded_ids = {}, []
+    for sample_ids, clips in batches:
+        rows = slice(len(encoded_ids), len(encoded_ids) + len(sample_ids))
+        encoded_ids += sample_ids
+        for name, encoder in encoders.items():
+            tokens = encode_batch(encoder, clips)
+            if tokens.abs().max() > torch.finfo(torch.float16).max:
+                raise DataError("features exceed the range of float16: is this encoder trained?")
+            if name not in features:  # now the shape of its tokens is known
+                _, V, N, D = tokens.shape
+                features[name] = Features(
+                    torch.empty(num_clips, V, N if keep_tokens else 0, D, dtype=torch.float16),
+                    torch.empty(num_clips, V, D))
+            features[name].mean[rows] = tokens.mean(2).cpu()
+            if keep_tokens:
+                features[name].tokens[rows] = tokens.cpu()
+    if not encoded_ids:
+        raise DataError("none of the clips can be read")
+    return {name: Features(kept.tokens[:len(encoded_ids)], kept.mean[:len(encoded_ids)])
+            for name, kept in features.items()}, encoded_ids
+
+
+def positions(encoded_ids, sample_ids):
+    """Where clips are among those encoded, without unreadable ones: int64 (n,)."""
+    wanted = set(sample_ids)
+    return torch.tensor([i for i, sample_id in enumerate(encoded_ids) if sample_id in wanted])
 
 
 def main(config):
@@ -242,17 +334,84 @@ def main(config):
     -> {task: {probe: {column: accuracy}}}. Raises ValueError, DataError or CheckpointError.
     """
     check(config)
-    path, encoder, data, clip, protocol = open_source(config)
-    encoders = {"trained": encoder} | {
-        name: control(name, path, encoder, clip["num_frames"]) for name in config.controls}
-    train_set, test_set, folds = open_splits(data, config.split, clip, config.test_data, **protocol,
-                                              tasks=config.task)
-    print(f"probing {path} on {train_set.name}: " + (
-        f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
-        f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)
-    scores, confusion = compare(probe_all, encoders, train_set, test_set, folds, config)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
+    keep_tokens = "attentive" in config.probes
+
+    if config.features:  # the file holds all clips, those to train and those to test the probes
+        path, data, device = Path(config.features), [], pick_device(config.device)
+        file = feature_file.read(path)
+        folds = feature_file.split_folds(file, config.split, path)
+        train = test = {"trained": Features(file.tokens, file.mean)}
+        train_ids = test_ids = range(len(file.mean))
+        train_labels = test_labels = file.labels
+        class_names, num_heads = file.class_names, file.num_heads
+    else:
+        # Which encoder, and which clips train and test the probes: once, or in several folds.
+        path, encoder, data, clip_options, protocol = open_source(config)
+        device, num_heads = next(encoder.parameters()).device, encoder.num_heads
+        train_set, test_set, folds = open_splits(data, config.split, clip_options,
+                                                  config.test_data, **protocol, tasks=config.task)
+        class_names = test_set.class_names
+        print(f"probing {path} on {train_set.name}: " + (
+            f"{len(folds)} folds of {len(test_set)} clips in all" if len(folds) > 1 else
+            f"{len(folds[0][0])} training clips, {len(folds[0][1])} test clips"), flush=True)
+
+        # The controls: the encoder before training, a single frame, and pixels.
+        encoders = {"trained": encoder}
+        if "random_init" in config.controls:
+            encoders["random_init"] = random_init_encoder(
+                path, clip_options["num_frames"], num_heads).to(device)
+        if "one_frame" in config.controls:
+            encoders["one_frame"] = lambda clips: encoder(middle_frame(clips))
+        if "motion_energy" in config.controls:
+            encoders["motion_energy"] = motion_energy
+
+        # Every clip is decoded and encoded once, and the features stay in memory.
+        train_ids = sorted({i for ids, _ in folds for i in ids})
+        test_ids = sorted({i for _, ids in folds for i in ids})
+        if keep_tokens:
+            count = protocol["segments"] * (len(train_ids) + protocol["views"] * len(test_ids))
+            check_memory(encoders, clip_options, count, device)
+        bad_files = BadFiles(len(train_ids) + len(test_ids), config.max_bad)
+        train, train_ids = encode(encoders, read_clips(
+            train_set, train_ids, bad_files, config, device, "training clips"),
+            len(train_ids), keep_tokens)
+        test, test_ids = encode(encoders, read_clips(
+            test_set, test_ids, bad_files, config, device, "test clips"),
+            len(test_ids), keep_tokens)
+        bad_files.summary()
+        train_labels, test_labels = train_set.labels(train_ids), test_set.labels(test_ids)
+
+    # Which rows of the features train and test: unreadable clips have none.
+    folds = [(positions(train_ids, fit_ids), positions(test_ids, held_out_ids))
+             for fit_ids, held_out_ids in folds]
+
+    # All probes. Few labels are only tried where there are weights to compare.
+    fractions = sorted({1.0, *config.label_fraction}, reverse=True)
+    scores = {}  # {(task, probe, column of the table): accuracies (seeds, folds)}
+    confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
+                 for task, names in class_names.items()}  # row: true class
+    for name in progress(train, "probing", len(train)):
+        for task, names in class_names.items():
+            for fraction in fractions if name in report.LEARNERS else [1.0]:
+                column = report.column(name, fraction)
+                for seed in range(config.seeds):
+                    for fold, (train_rows, test_rows) in enumerate(folds):
+                        predicted = fit_probes(
+                            train[name], train_rows, train_labels[task], test[name], test_rows,
+                            len(names), num_heads, fraction, seed, config.probes, device)
+                        labels = test_labels[task][test_rows]
+                        for probe, classes in predicted.items():
+                            table = scores.setdefault((task, probe, column),
+                                                      np.zeros((config.seeds, len(folds))))
+                            table[seed, fold] = accuracy(classes, labels)
+                        if column == "trained" and "attentive" in predicted:
+                            confusion[task].index_put_((labels, predicted["attentive"]),
+                                                       torch.tensor(1), accumulate=True)
+
+    # Tables, probe.json and confusion.png.
     folder = Path(config.out or (path if path.is_dir() else path.parent))
-    return report.write(folder, scores, confusion, test_set.class_names, config.label_fraction,
+    return report.write(folder, scores, confusion, class_names, config.label_fraction,
                         asdict(config) | {"checkpoint": str(path), "data": data})
 
 

@@ -66,6 +66,18 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def free_memory():
+    """Bytes of main memory that are free or can be freed; where that is unknown, all there are, or
+    infinity (Windows)."""
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            sizes = dict(line.split(":") for line in file)
+        return 1024 * int(sizes["MemAvailable"].split()[0])
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def rendezvous():
     """The store in which the processes that torchrun started find each other's addresses."""
     store, *_ = next(dist.rendezvous("env://"))

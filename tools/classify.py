@@ -5,7 +5,7 @@
 
 Writes predictions.csv (path, label, predicted, probability, top5) and, if there are labels,
 probe.json with the top-1 and top-5 accuracy, and confusion.png. Labels are the probe's class
-indices. Nothing is trained, and no features are stored.
+indices. Nothing is trained, and features are not kept.
 """
 
 import argparse
@@ -19,29 +19,28 @@ import torch
 import probe
 from data import DataError, open_clips
 from runtime import report
-from runtime.evaluation import SourceConfig, open_source
-from runtime.features import encode_batches
 from runtime.flags import parse
-from runtime.loading import BadFiles, num_workers
+from runtime.loading import BadFiles
+from runtime.source import SourceConfig, open_source, read_clips
 from runtime.weights import CheckpointError
 
 
-def classify(encoder, head, dataset, bad_files, clips_per_batch=50, num_workers=0):
-    """Run an attentive probe on all readable clips -> (probabilities (n, classes), n sample ids).
+def classify(encoder, attentive_probe, batches):
+    """Run an attentive probe on clips -> (probabilities (n, classes), n sample ids).
 
-    The softmax is averaged over a clip's views. Raises CheckpointError if the probe does not fit
-    the encoder, DataError if no clip is readable.
+    batches: as from source.read_clips. The softmax is averaged over a clip's views. Raises
+    CheckpointError if the probe does not fit the encoder, DataError if no clip is readable.
     """
-    probabilities, sample_ids = [], []
-    for batch, [tokens] in encode_batches([encoder], dataset, range(len(dataset)), bad_files,
-                                          clips_per_batch, num_workers, "classifying"):
-        if tokens.shape[-1] != head.linear.in_features:
-            raise CheckpointError(f"--probe is for features of {head.linear.in_features} channels, "
-                                  f"those of --checkpoint have {tokens.shape[-1]}")
-        probabilities.append(probe.predict(head, tokens))  # (B, classes)
-        sample_ids += batch.sample_ids.tolist()
+    probabilities, sample_ids, width = [], [], attentive_probe.linear.in_features
+    for ids, clips in batches:
+        tokens = probe.encode_batch(encoder, clips)  # (B, V, S * N, D)
+        if tokens.shape[-1] != width:
+            raise CheckpointError(f"--probe is for features of {width} channels, those of "
+                                  f"--checkpoint have {tokens.shape[-1]}")
+        probabilities.append(probe.predict(attentive_probe, [tokens]))  # (B, classes)
+        sample_ids += ids
     if not sample_ids:
-        raise DataError(f"{dataset.name}: none of the clips can be read")
+        raise DataError("none of the clips can be read")
     return torch.cat(probabilities), sample_ids
 
 
@@ -62,21 +61,22 @@ def main(arguments=None):
                                      usage="%(prog)s --probe FILE [--FLAG VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", metavar="FILE", required=True, help="a published probe")
-    config, given = parse(parser, SourceConfig, arguments, skip=("cache",))
+    config, given = parse(parser, SourceConfig, arguments)
 
-    path, encoder, data, clip, protocol = open_source(config)
-    head = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)
-    head.to(next(encoder.parameters()).device)
+    path, encoder, data, clip_options, protocol = open_source(config)
+    device = next(encoder.parameters()).device
+    attentive_probe = probe.AttentiveProbe.from_checkpoint(given.probe, encoder.num_heads)
     folder = Path(config.out or (path if path.is_dir() else path.parent))
-    splits = open_clips(data, **clip, train=False).splits
+    splits = open_clips(data, **clip_options, train=False).splits
     split = next((name for name in (config.split, "val") if name in splits), None)
-    classes = [str(i) for i in range(head.linear.out_features)]
-    dataset = open_clips(data, **clip, **protocol, split=split, train=False, classes=classes)
+    classes = [str(i) for i in range(attentive_probe.linear.out_features)]
+    dataset = open_clips(data, **clip_options, **protocol, split=split, train=False,
+                         classes=classes)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"classifying {len(dataset)} clips of {dataset.name}", flush=True)
     bad_files = BadFiles(len(dataset), config.max_bad)
-    probabilities, sample_ids = classify(encoder, head, dataset, bad_files, config.batch_size,
-                                         num_workers(config.workers))
+    clips = read_clips(dataset, range(len(dataset)), bad_files, config, device, "classifying")
+    probabilities, sample_ids = classify(encoder, attentive_probe.to(device), clips)
     bad_files.summary()
 
     labels, top = dataset.labels(sample_ids).get("class"), probabilities.topk(min(5, len(classes)))

@@ -1,17 +1,22 @@
 """Write the frozen features of clips, or the encoder itself, to a file, for use elsewhere.
 
     python -m tools.extract features.npz --checkpoint vitl16.pth.tar --data videos/
+    python -m tools.extract features.npz --tokens                    for probe.py --features
     python -m tools.extract encoder.pt --checkpoint runs/mine        for load_encoder("encoder.pt")
     python -m tools.extract encoder.safetensors                      the same, if it is installed
 
-The arrays: features (n, D) float32, averaged over a clip's tokens and views; paths (n,); split
-(n,), '' if the data have none; and, if there are labels, labels (n,), which index classes
-(labels_TASK and classes_TASK if there are several tasks). All splits are encoded.
+All splits are encoded. The arrays: features (n, D) float32, the mean of a clip's tokens, or
+(n, V, D) with several --views; paths (n,); split (n,), '' if the data have none; if there are
+labels, labels (n,), which index classes (labels_TASK and classes_TASK if there are several tasks);
+if there are groups, groups (n,). With --tokens also tokens (n, V, N, D) float16, those of one
+segment after another, and the encoder's num_heads.
 """
 
 import argparse
+import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +24,10 @@ import numpy as np
 import torch
 
 from data import DataError, open_clips
-from runtime.evaluation import SourceConfig, open_source
-from runtime.features import encode
+from probe import encode
 from runtime.flags import parse
-from runtime.loading import BadFiles, num_workers
+from runtime.loading import BadFiles
+from runtime.source import SourceConfig, check_memory, open_source, read_clips
 from runtime.weights import CheckpointError
 
 
@@ -41,38 +46,74 @@ def check_output(file):
         raise ValueError(f"{file}: cannot write to {file.parent}: {error.strerror}") from None
 
 
-def extract(file, encoder, data, clip, protocol, bad_files, **options):
-    """Write the pooled features of all readable clips to an .npz file; return their number.
+@contextmanager
+def complete_file(file):
+    """A binary stream to write a file to, which gets its name when it is complete. If anything goes
+    wrong, nothing is left behind. Raises OSError, in one line."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError after an OSError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(f"{file}: not written ({reason})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    data, clip, protocol: arguments of data.open_clips; options: of runtime.features.encode.
+
+def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=False):
+    """Write the features of all readable clips to an .npz file; return their number.
+
+    data, clip_options, protocol: as from source.open_source; config: a SourceConfig; keep_tokens:
+    not only their mean. Raises DataError, and OSError if the disk is full.
     """
-    arrays = {}
-    for split in sorted(open_clips(data, **clip, train=False).splits) or [None]:
-        dataset = open_clips(data, **clip, **protocol, split=split, train=False)
-        [features] = encode([encoder], dataset, range(len(dataset)), bad_files,
-                            title=f"encoding {split or 'clips'}", **options)
-        columns = {"features": features.pooled.mean(1).numpy(),
-                   "paths": list(map(dataset.path, features.sample_ids)),
-                   "split": [split or ""] * len(features.sample_ids)}
-        for task, labels in features.labels.items():
-            columns["labels" if task == "class" else f"labels_{task}"] = labels.numpy()
-        for name, values in columns.items():
-            arrays.setdefault(name, []).append(values)
-    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    splits = sorted(open_clips(data, **clip_options, train=False).splits) or [None]
+    datasets = [open_clips(data, **clip_options, **protocol, split=split, train=False)
+                for split in splits]
+    device, total = next(encoder.parameters()).device, sum(map(len, datasets))
+    if keep_tokens:
+        check_memory({"encoder": encoder}, clip_options,
+                     total * protocol["segments"] * protocol["views"], device)
+    bad_files, columns = BadFiles(total, config.max_bad), {}
+    for split, dataset in zip(splits, datasets, strict=True):
+        clips = read_clips(dataset, range(len(dataset)), bad_files, config, device,
+                           f"encoding {split or 'clips'}")
+        encoded, sample_ids = encode({"encoder": encoder}, clips, len(dataset), keep_tokens)
+        features = encoded["encoder"]
+        found = {"features": (features.mean[:, 0] if protocol["views"] == 1
+                              else features.mean).numpy(),
+                 "paths": [dataset.path(i) for i in sample_ids],
+                 "split": [split or ""] * len(sample_ids)}
+        if dataset.groups:
+            found["groups"] = [dataset.groups[i] for i in sample_ids]
+        for task, labels in dataset.labels(sample_ids).items():
+            found["labels" if task == "class" else f"labels_{task}"] = labels.numpy()
+        if keep_tokens:
+            found["tokens"] = features.tokens.numpy()
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values)
+    arrays = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
     for task, names in dataset.class_names.items():
         arrays["classes" if task == "class" else f"classes_{task}"] = np.array(names)
-    np.savez(file, **arrays)
+    if keep_tokens:
+        arrays["num_heads"] = np.array(encoder.num_heads)
+    with complete_file(file) as stream:
+        np.savez(stream, **arrays)
+    bad_files.summary()
     return len(arrays["features"])
 
 
 def write_encoder(file, encoder):
-    """Write an encoder for load_encoder."""
+    """Write an encoder for load_encoder. Raises OSError if the disk is full."""
     weights = encoder.cpu().state_dict()
-    if file.suffix == ".pt":
-        torch.save({"target_encoder": weights, "num_heads": encoder.num_heads}, file)
-    else:
-        from safetensors.torch import save_file
-        save_file(weights, file, {"num_heads": str(encoder.num_heads)})
+    with complete_file(file) as stream:
+        if file.suffix == ".pt":
+            torch.save({"target_encoder": weights, "num_heads": encoder.num_heads}, stream)
+        else:
+            from safetensors.torch import save
+            stream.write(save(weights, {"num_heads": str(encoder.num_heads)}))
 
 
 def main(arguments=None):
@@ -82,17 +123,20 @@ def main(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE",
                         help=".npz: features; .pt, .safetensors: the encoder")
+    parser.add_argument("--tokens", action="store_true",
+                        help="write all tokens, too, which attentive probes need")
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
-    path, encoder, data, clip, protocol = open_source(config)
+    if given.tokens and given.file.suffix != ".npz":
+        raise ValueError(f"--tokens needs a file whose name ends in .npz, not {given.file}")
+    path, encoder, data, clip_options, protocol = open_source(config)
+    if given.tokens and protocol["views"] % 2 == 0:
+        raise ValueError("--tokens needs an odd number of --views: probes are trained on the "
+                         "centre one")
     if given.file.suffix != ".npz":
-        write_encoder(given.file, getattr(encoder, "encoder", encoder))  # if wrapped by on_clips
+        write_encoder(given.file, getattr(encoder, "encoder", encoder))  # without FrameByFrame
         return print(f"the encoder of {path} written to {given.file}")
-    bad_files = BadFiles(len(open_clips(data, **clip, train=False)), config.max_bad)
-    count = extract(given.file, encoder, data, clip, protocol, bad_files,
-                    clips_per_batch=config.batch_size, num_workers=num_workers(config.workers),
-                    store=config.cache)
-    bad_files.summary()
+    count = extract(given.file, encoder, data, clip_options, protocol, config, given.tokens)
     print(f"features of {count} clips written to {given.file}")
 
 

@@ -14,6 +14,7 @@ surprise    How much higher the loss of a time step is if it is predicted from e
 import argparse
 import json
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +23,13 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from data import DataError, loader, open_splits, to_device
+from data import DataError, loader, to_device
 from masks import sample_masks
 from model import gather_tokens
 from probe import fit_linear
-from runtime.evaluation import SourceConfig, open_source
 from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
+from runtime.source import SourceConfig, open_source, open_splits
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from tools.visualize import tokens_to_pixels
 from video.decode import denormalize
@@ -129,52 +130,66 @@ def surprise(model, clips, draws=4):
 
 def draw_readouts(model, sampler, dataset, sample_ids, readouts, file):
     """Draw what read-outs say at masked positions of synthetic clips: from predictions, and from
-    the targets that were to be predicted. Green: right; red: wrong."""
-    quiet = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
+    the targets that were to be predicted. A row for each of them, a column per clip and time step.
+    """
     clips, labels = dataset.batch(sample_ids).clips, dataset.labels(sample_ids)
-    context, target = sampler.sample(sample_ids, seed=0)
+    context, target = sampler.sample(sample_ids, seed=0)  # (B, Kc), (B, Kt)
     device = next(model.parameters()).device
-    predictions, targets = predict(model, *(x.to(device) for x in (clips, context, target)), 0)
-    grid, (frames, patch, _) = model.encoder.grid, model.encoder.tubelet
-    size, steps = grid[1] * grid[2], grid[0]
-    visible = torch.zeros(len(clips), steps * size, 1).scatter(1, context[..., None], 1.0)
-    films = {"clip, without static": denormalize(quiet.batch(sample_ids).clips),
-             "what the encoder sees": denormalize(clips) * tokens_to_pixels(
-                 0.15 + 0.85 * visible, grid, model.encoder.tubelet)}
-    sources = {"predicted": predictions, "target": targets}
-    rows = [*films, *(f"{task},\n{source}" for source in sources for task in readouts)]
+    predictions, targets = predict(model, clips.to(device), context.to(device), target.to(device),
+                                   mask_set=0)
+    encoder, (steps, height, width) = model.encoder, model.encoder.grid
+    frames, patch, _ = encoder.tubelet
+
+    # The first rows: the clips without noise, and what is visible of them, as RGB (B, T, H, W, 3).
+    clean = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
+    visible = torch.zeros(len(clips), steps * height * width, 1).scatter(1, context[..., None], 1.0)
+    dimmed = tokens_to_pixels(0.15 + 0.85 * visible, encoder.grid, encoder.tubelet)
+    videos = {"clip, without noise": denormalize(clean.batch(sample_ids).clips),
+              "what the encoder sees": denormalize(clips) * dimmed}
+    # The other rows: the class that a read-out finds at each masked token, (B, Kt).
+    found = {(task, source): read(tokens)
+             for source, tokens in (("predicted", predictions), ("target", targets))
+             for task, read in readouts.items()}
+
+    rows = [*videos, *(f"{task},\n{source}" for task, source in found)]
     figure = Figure((1.1 * steps * len(clips) + 1, 1.15 * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), steps * len(clips))
+    axes = figure.subplots(len(rows), steps * len(clips), squeeze=False)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], xlim=(-0.5, grid[2] * patch - 0.5),
-                 ylim=(grid[1] * patch - 0.5, -0.5))
-    for row, axis in zip(rows, axes[:, 0], strict=True):
-        axis.set_ylabel(row, rotation=0, ha="right", va="center")
-    for clip, caption in enumerate(map(dataset.caption, sample_ids)):
-        axes[0, clip * steps].set_title(caption.replace("\n", ", "), loc="left", fontsize=10)
+        axis.set(xticks=[], yticks=[], xlim=(-0.5, width * patch - 0.5),
+                 ylim=(height * patch - 0.5, -0.5))
+    for row, title in enumerate(rows):
+        axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center")
+    for clip, sample_id in enumerate(sample_ids):
+        caption = dataset.caption(sample_id).replace("\n", ", ")
+        axes[0, clip * steps].set_title(caption, loc="left", fontsize=10)
         for step in range(steps):
             column = axes[:, clip * steps + step]
-            for axis, film in zip(column, films.values(), strict=False):
-                axis.imshow(film[clip, step * frames + frames // 2].numpy())
-            here = (target[clip] // size) == step
-            place = target[clip, here] % size
-            x, y = (part * patch + patch / 2 - 0.5 for part in (place % grid[2], place // grid[2]))
-            panels = iter(column[len(films):])
-            for tokens in sources.values():
-                for task, read in readouts.items():
-                    axis, classes = next(panels), read(tokens[clip, here])
-                    right = np.where(classes == labels[task][clip], "tab:green", "tab:red")
-                    if task == "motion":
-                        angle = classes * np.pi / 4
-                        axis.quiver(x, y, angle.cos(), angle.sin(), angles="xy", pivot="mid",
-                                    color=right, scale=6, width=0.02, headwidth=4)
-                    else:
-                        for label in classes.unique():
-                            at, shape = classes == label, SHAPES[label]
-                            color = right[at.numpy()]
-                            axis.scatter(x[at], y[at], 40, marker=MARKERS[shape], edgecolors=color,
-                                         facecolors="none" if shape in HOLLOW else color)
+            for row, video in enumerate(videos.values()):
+                column[row].imshow(video[clip, step * frames + frames // 2].numpy())
+            time, y, x = np.unravel_index(target[clip].numpy(), encoder.grid)
+            here = time == step
+            x, y = ((place[here] + 0.5) * patch - 0.5 for place in (x, y))  # pixels
+            for row, ((task, _), classes) in enumerate(found.items(), start=len(videos)):
+                draw = draw_motions if task == "motion" else draw_shapes
+                classes = classes[clip].numpy()[here]
+                draw(column[row], x, y, classes, classes == labels[task][clip].item())
     figure.savefig(file, dpi=100)
+
+
+def draw_motions(axis, x, y, classes, is_right):
+    """Draw motions as arrows at pixels x, y, all (n,): green if right, else red."""
+    angles = classes * np.pi / 4
+    axis.quiver(x, y, np.cos(angles), np.sin(angles), angles="xy", pivot="mid",
+                color=np.where(is_right, "tab:green", "tab:red"), scale=6, width=0.02, headwidth=4)
+
+
+def draw_shapes(axis, x, y, classes, is_right):
+    """Draw shapes as markers at pixels x, y, all (n,): green if right, else red."""
+    colors = np.where(is_right, "tab:green", "tab:red")
+    for label in np.unique(classes):
+        shape, chosen = SHAPES[label], classes == label
+        axis.scatter(x[chosen], y[chosen], 40, marker=MARKERS[shape], edgecolors=colors[chosen],
+                     facecolors="none" if shape in HOLLOW else colors[chosen])
 
 
 def draw_surprise(surprises, results, file):
@@ -220,14 +235,18 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source, _ = parse(parser, SourceConfig, arguments,
-                      skip=("protocol", "segments", "views", "num_heads", "cache"))
+                      skip=("protocol", "segments", "views", "num_heads"))
 
-    path, encoder, data, clip, _ = open_source(source)
+    path, encoder, data, clip_options, _ = open_source(source)
     config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device
-    if config.get("method") != "vjepa":
-        raise ValueError(f"{path}: only runs of --method vjepa have a predictor of features")
-    model, (_, samplers) = load_vjepa(path).eval().to(device), train.build(train.Config(**config))
-    train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, source.split, clip)
+    if config.get("method", train.Config.method) != train.Config.method:
+        raise ValueError(f"{path}: a run of {config['method']}: only those of train.py have a "
+                         "predictor of features")
+    model = load_vjepa(path).eval().to(device)
+    names = {field.name for field in fields(train.Config)} & config.keys()
+    _, samplers = train.build(train.Config(**{name: config[name] for name in names}))
+    train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, source.split,
+                                                                   clip_options)
     folder = Path(source.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
 

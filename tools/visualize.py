@@ -23,27 +23,28 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from baselines.mae import unpatchify
-from data import DataError, open_clips, open_splits
+from data import DataError, open_clips
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
-from probe import fit_attentive, split_for_validation
-from runtime.features import encode, open_encoder
-from runtime.loading import BadFiles, evenly_spaced, num_workers
+from probe import encode, fit_attentive, shuffled_batches
+from runtime.flags import parse
+from runtime.loading import BadFiles, evenly_spaced
 from runtime.metrics import standardize
+from runtime.source import SourceConfig, check_memory, open_source, open_splits, read_clips
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
 
 
-def draw_films(films, captions, title, file, height=0.6):
-    """Draw at most 8 frames of m clips, in a row per film: {name: RGB (m, T, H, W, 3)}.
+def draw_filmstrips(videos, captions, title, file, row_height=0.6):
+    """Draw at most 8 frames of m clips, in a row per video: {name: RGB (m, T, H, W, 3)}.
 
-    captions: text beside the first film of each clip, instead of its name; height: inches per row.
+    captions: text beside the first video of each clip, instead of its name; row_height: inches.
     """
-    frames = torch.stack(list(films.values()), dim=1)  # (m, films, T, H, W, 3)
+    frames = torch.stack(list(videos.values()), dim=1)  # (m, videos, T, H, W, 3)
     frames = F.pad(frames[:, :, evenly_spaced(frames.shape[2], 8)], (0, 0, 1, 1, 1, 1), value=1.0)
     m, n, T, H, W, _ = frames.shape
-    names = [name if i else captions[clip] for clip in range(m) for i, name in enumerate(films)]
-    figure = Figure((height * T * W / H + 2, height * m * n + 1), layout="constrained")
+    names = [name if i else captions[clip] for clip in range(m) for i, name in enumerate(videos)]
+    figure = Figure((row_height * T * W / H + 2, row_height * m * n + 1), layout="constrained")
     axis = figure.subplots()
     picture = frames.transpose(2, 3).reshape(m * n * H, T * W, 3).numpy()
     axis.imshow(picture, interpolation="nearest")
@@ -72,20 +73,19 @@ def principal_colours(tokens):
 
 def save_gif(images, coloured, file):
     """Animate clips side by side, and below them their tokens as colours: (m, T, H, W, 3) each."""
-    film = torch.cat([images, coloured], dim=2)  # (m, T, 2 * H, W, 3)
-    film = (torch.cat(list(film), dim=2) * 255).byte().numpy()  # (T, 2 * H, m * W, 3)
+    frames = torch.cat([images, coloured], dim=2)  # (m, T, 2 * H, W, 3)
+    frames = (torch.cat(list(frames), dim=2) * 255).byte().numpy()  # (T, 2 * H, m * W, 3)
     scale = max(1, 120 // images.shape[2])
-    first, *others = map(Image.fromarray, film.repeat(scale, axis=1).repeat(scale, axis=2))
+    first, *others = map(Image.fromarray, frames.repeat(scale, axis=1).repeat(scale, axis=2))
     first.save(file, save_all=True, append_images=others, duration=200, loop=0)
 
 
 @torch.no_grad()
-def attention_film(images, probe, tokens, shape):
+def show_attention(images, probe, tokens, shape):
     """Clips (m, T, H, W, 3), yellow where a probe's query attends to their tokens (m, N, D)."""
     block, query = probe.pooler.cross_attention_block, probe.pooler.query_tokens
-    tokens = tokens.to(query.device, torch.float32)
-    tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=block.norm1.eps)
-    weights = block.xattn.weights(query, tokens, block.norm1.weight)  # (m, N, heads)
+    tokens = block.norm1(tokens.to(query.device, torch.float32))
+    weights = block.xattn.weights(query, tokens)  # (m, N, heads)
     weights = weights.mean(-1, keepdim=True).cpu()  # (m, N, 1)
     heat = tokens_to_pixels(weights / weights.amax(1, keepdim=True), *shape)  # (m, T, H, W, 1)
     dark, yellow = torch.full((3,), 0.25), torch.tensor([1.0, 0.75, 0.1])
@@ -101,10 +101,10 @@ def fit_decoder(targets, pixels):
 
 
 @torch.no_grad()
-def prediction_films(model, clips, train_clips):
+def decode_predictions(model, clips, train_clips):
     """Hide three quarters of the tokens of clips, predict them, and decode them to pixels.
 
-    model: VJEPA; both clips: (n, 3, T, H, W) -> {film's name: RGB (n, T, H, W, 3)}
+    model: VJEPA; both clips: (n, 3, T, H, W) -> {video's name: RGB (n, T, H, W, 3)}
     """
     grid, tubelet = model.encoder.grid, model.encoder.tubelet
     train_targets = torch.cat([model.targets(part) for part in train_clips.split(50)])
@@ -115,12 +115,12 @@ def prediction_films(model, clips, train_clips):
     masked = visible.argsort(stable=True)[:, :-sampler.num_context]  # (n, K): all others
     predictions = model.predictor(model.encoder(clips, context), context, masked, mask_set=0)
     targets = gather_tokens(model.targets(clips), masked)
-    pixels, films = patchify(clips, tubelet), {"clip": denormalize(clips)}
+    pixels, videos = patchify(clips, tubelet), {"clip": denormalize(clips)}
     for name, values in {"visible": torch.zeros_like(gather_tokens(pixels, masked)),
                          "predicted": decode(predictions), "target": decode(targets)}.items():
         filled = pixels.scatter(1, masked[..., None].expand_as(values), values)  # (n, N, P)
-        films[name] = denormalize(unpatchify(filled, tubelet, grid))
-    return films
+        videos[name] = denormalize(unpatchify(filled, tubelet, grid))
+    return videos
 
 
 def read(dataset, sample_ids):
@@ -136,18 +136,19 @@ def nearest(features, queries, count=5):
     return similarity.topk(min(count, len(features) - 1), dim=1).indices
 
 
-def draw_neighbours(dataset, test, queries, file):
-    """Draw clips (indices into `test`, Features of the dataset) and their nearest neighbours."""
-    pixels = torch.cat([F.adaptive_avg_pool3d(read(dataset, ids.tolist()), (4, 16, 16))
-                        for ids in torch.tensor(test.sample_ids).split(50)]).flatten(1)
+def draw_neighbours(dataset, sample_ids, features, queries, file):
+    """Draw clips and their nearest neighbours: sample_ids (n,) of the dataset, their mean features
+    (n, D), and the clips to draw, as positions among them (q,)."""
+    pixels = torch.cat([F.adaptive_avg_pool3d(read(dataset, sample_ids[i:i + 50]), (4, 16, 16))
+                        for i in range(0, len(sample_ids), 50)]).flatten(1)
     columns = {"query": queries[:, None],
-               "by features": nearest(standardize(test.pooled[:, 0])[0], queries),
+               "by features": nearest(standardize(features)[0], queries),
                "by pixels": nearest(standardize(pixels)[0], queries)}
     titles = [name for name, clips in columns.items() for _ in clips.T]
     table = torch.cat(list(columns.values()), dim=1)
     figure = Figure((1.25 * len(titles), 1.75 * len(table)), layout="constrained")
     for (row, column), axis in np.ndenumerate(figure.subplots(*table.shape, squeeze=False)):
-        sample_id = test.sample_ids[table[row, column]]
+        sample_id = sample_ids[table[row, column]]
         clip = dataset[sample_id]  # (3, T, H, W)
         axis.imshow(denormalize(clip[:, clip.shape[1] // 2, None])[0].numpy())
         axis.set(xticks=[], yticks=[], title="" if row else titles[column])
@@ -155,66 +156,74 @@ def draw_neighbours(dataset, test, queries, file):
     figure.savefig(file, dpi=72)
 
 
-def encode_some(encoder, dataset, sample_ids, most=2000):
-    """Features of at most `most` clips. Raises DataError if fewer than two are readable."""
+def encode_some(encoder, dataset, sample_ids, clip_options, config, most=2000):
+    """Features of at most `most` clips, and their sample ids. Raises DataError if fewer than two
+    are readable."""
     # Evenly spread, because class folders are listed class by class.
     sample_ids = [sample_ids[i] for i in evenly_spaced(len(sample_ids), most)]
-    [features] = encode([encoder], dataset, sample_ids, BadFiles(len(sample_ids)),
-                        title="encoding clips", num_workers=num_workers(-1))
-    if len(features.sample_ids) < 2:
+    device = next(encoder.parameters()).device
+    check_memory({"encoder": encoder}, clip_options, len(sample_ids), device)
+    clips = read_clips(dataset, sample_ids, BadFiles(len(sample_ids), config.max_bad), config,
+                       device, "encoding clips")
+    features, sample_ids = encode({"encoder": encoder}, clips, len(sample_ids))
+    if len(sample_ids) < 2:
         raise DataError(f"{dataset.name}: fewer than two readable clips to show or to train on")
-    return features
+    return features["encoder"], sample_ids
 
 
 def main(arguments=None):
     """Draw what the command line asks for. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", help="a run's folder or a checkpoint file (default: the latest run)")
-    add("--data", nargs="+", help="clips to show (default: the run's own)")
-    add("--out", help="folder for the pictures (default: runs/NAME/pictures)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    args = parser.parse_args(arguments)
+    config, _ = parse(parser, SourceConfig, arguments,
+                      skip=("split", "protocol", "segments", "views"))
+    path, encoder, data, clip_options, _ = open_source(config)
+    device = next(encoder.parameters()).device
+    out = Path(config.out or (path if path.is_dir() else path.parent) / "pictures")
 
-    path, encoder, data, clip = open_encoder(args.checkpoint, args.data, args.device)
-    train_set = test_set = open_clips(data, **clip, train=False)
-    ids = range(0, len(train_set), 2), range(1, len(train_set), 2)  # without labels
+    # Clips to train on and clips to show; without labels, every other one.
+    train_set = test_set = open_clips(data, **clip_options, train=False)
+    train_ids, test_ids = range(0, len(train_set), 2), range(1, len(train_set), 2)
     if train_set.class_names:
-        train_set, test_set, [ids, *_] = open_splits(data, "test", clip)
-    train, test = (encode_some(encoder, dataset, sample_ids)
-                   for dataset, sample_ids in zip((train_set, test_set), ids, strict=True))
-    labels = next(iter(test.labels.values()), torch.zeros(len(test.sample_ids)))
+        train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, "test", clip_options)
+    train, train_ids = encode_some(encoder, train_set, train_ids, clip_options, config)
+    test, test_ids = encode_some(encoder, test_set, test_ids, clip_options, config)
+    labels = next(iter(test_set.labels(test_ids).values()), torch.zeros(len(test_ids)))
     shown = labels.argsort(stable=True)[evenly_spaced(len(labels), 6)]  # (m,): from many classes
-    clips = read(test_set, [test.sample_ids[i] for i in shown])  # (m, 3, T, H, W)
-    images, captions = denormalize(clips), [test_set.caption(test.sample_ids[i]) for i in shown]
-    network = getattr(encoder, "encoder", encoder)  # of single frames, if wrapped by on_clips
-    shape = (clip["num_frames"] // network.tubelet[0], *network.grid[1:]), network.tubelet
-    out = Path(args.out or (path if path.is_dir() else path.parent) / "pictures")
+    clips = read(test_set, [test_ids[i] for i in shown])  # (m, 3, T, H, W)
+    images, captions = denormalize(clips), [test_set.caption(test_ids[i]) for i in shown]
+    network = getattr(encoder, "encoder", encoder)  # without FrameByFrame
+    shape = (clip_options["num_frames"] // network.tubelet[0], *network.grid[1:]), network.tubelet
     out.mkdir(parents=True, exist_ok=True)
 
     colours = principal_colours(test.tokens[:, 0])[shown]
     save_gif(images, tokens_to_pixels(colours, *shape), out / "features.gif")
-    draw_neighbours(test_set, test, shown[:5], out / "neighbours.png")
+    draw_neighbours(test_set, test_ids, test.mean[:, 0], shown[:5], out / "neighbours.png")
+
     if test_set.class_names:
         task, classes = next(iter(test_set.class_names.items()))
-        ids = split_for_validation(train.labels[task], torch.Generator().manual_seed(0))
-        probe = fit_attentive(train.tokens, train.labels[task], *ids, encoder.num_heads,
-                              len(classes), 0, next(encoder.parameters()).device)
-        attention = attention_film(images[:3], probe, test.tokens[shown[:3], 0], shape)
-        draw_films({"clip": images[:3], "attention": attention}, captions,
-                   f"Where the attentive probe for {task} looks", out / "attention.png")
+        labels = train_set.labels(train_ids)[task]
+        batches = shuffled_batches(len(labels), seed=0)
+        probe = fit_attentive(((train.tokens[ids, 0], labels[ids]) for ids in batches),
+                              len(batches), train.mean.shape[-1], encoder.num_heads, len(classes),
+                              device=device)
+        attention = show_attention(images[:3], probe, test.tokens[shown[:3], 0], shape)
+        draw_filmstrips({"clip": images[:3], "attention": attention}, captions,
+                        f"Where the attentive probe for {task} looks", out / "attention.png")
     else:
         print("no attention.png: a probe needs labels")
+
     checkpoint = load_checkpoint(path)
     if "target_encoder" in checkpoint and any("mask_tokens" in key
                                               for key in checkpoint.get("predictor", ())):
         # The decoder learns from single tokens, so the number of clips depends on their tokens.
-        some = evenly_spaced(len(train.sample_ids), 50_000 // math.prod(network.grid))
-        train_clips = read(train_set, [train.sample_ids[i] for i in some])
-        films = prediction_films(load_vjepa(path).eval(), *(
-            c[:, :, :network.num_frames] for c in (clips[:2], train_clips)))  # I-JEPA: one frame
-        draw_films(films, captions, "Masked tokens, decoded to pixels", out / "predictions.png")
+        some = evenly_spaced(len(train_ids), 50_000 // math.prod(network.grid))
+        train_clips = read(train_set, [train_ids[i] for i in some])
+        T = network.num_frames  # I-JEPA: one frame
+        videos = decode_predictions(load_vjepa(path, num_heads=config.num_heads).eval(),
+                                    clips[:2, :, :T], train_clips[:, :, :T])
+        draw_filmstrips(videos, captions, "Masked tokens, decoded to pixels",
+                        out / "predictions.png")
     else:
         print("no predictions.png: this method does not predict features of masked tokens")
     print(f"pictures in {out}/")

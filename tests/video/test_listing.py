@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import open_splits
+from runtime.source import open_splits
 from tests.conftest import open_small, write_images, write_video
 from video.decode import DataError
 

@@ -1,0 +1,74 @@
+"""Features that tools.extract has written to a file, for probe.py --features."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import DataError
+from runtime.device import free_memory
+from runtime.source import hold_out
+
+
+@dataclass
+class FeatureFile:
+    """Frozen features of n clips, of all splits, with their labels."""
+
+    tokens: torch.Tensor  # (n, V, N, D) float16; N is 0 without --tokens
+    mean: torch.Tensor  # (n, V, D) float32: the mean over a clip's tokens
+    labels: dict  # {task: (n,) int64}
+    class_names: dict  # {task: names}
+    splits: list  # per clip: train, val, test, or "" if the data have no splits
+    groups: list | None  # per clip
+    num_heads: int  # of the encoder
+
+
+def read(path):
+    """-> FeatureFile. Raises DataError, in one line, if it cannot be read or lacks labels."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            needed = sum(entry.file_size for entry in file.infolist())
+        if needed > (free := free_memory()) / 2:
+            raise DataError(f"{path}: its {needed / 1e9:.3g} GB do not fit into half of the free "
+                            f"memory, {free / 2e9:.3g} GB: extract fewer clips, or no --tokens")
+        with np.load(path) as file:  # allow_pickle is off: no code
+            arrays = dict(file)
+        tasks = {name: name.removeprefix("labels").removeprefix("_") or "class"
+                 for name in arrays if name.startswith("labels")}
+        mean = torch.from_numpy(arrays["features"])
+        mean = mean if mean.ndim == 3 else mean[:, None]  # (n, V, D)
+        none = np.empty((*mean.shape[:2], 0, mean.shape[2]), dtype=np.float16)
+        found = FeatureFile(
+            torch.from_numpy(arrays.get("tokens", none)), mean,
+            {task: torch.from_numpy(arrays[name]) for name, task in tasks.items()},
+            {task: arrays[name.replace("labels", "classes")].tolist()
+             for name, task in tasks.items()},
+            arrays["split"].tolist(), arrays["groups"].tolist() if "groups" in arrays else None,
+            int(arrays.get("num_heads", 1)))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"{path}: not features of tools.extract ({reason})") from None
+    if not tasks:
+        raise DataError(f"{path}: has no labels, so nothing can be probed")
+    return found
+
+
+def split_folds(file, split, name):
+    """Folds [(train_ids, test_ids)] of a FeatureFile, by the rules of data.open_splits. Raises
+    DataError, which mentions the file's name."""
+    def clips_of(*splits):
+        return [i for i, clip_split in enumerate(file.splits) if clip_split in ("", *splits)]
+
+    leave_out = split == "leave-one-group-out"
+    if not leave_out and split not in file.splits and "val" in file.splits:
+        print(f"no '{split}' split: 'val' is used")
+        split = "val"
+    if split in file.splits:
+        return [(clips_of("train"), clips_of(split))]
+    ids = range(len(file.splits)) if leave_out else clips_of("train")
+    labels = next(iter(file.labels.values()))[list(ids)]
+    folds = hold_out(labels, file.groups and [file.groups[i] for i in ids], split, name)
+    return [([ids[i] for i in fit], [ids[i] for i in held_out]) for fit, held_out in folds]
