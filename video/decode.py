@@ -37,8 +37,7 @@ ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 # playlists, are not among these, whatever a file is called.
 FORMATS = ("3gp,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp4,mpeg,mpegts,mpegvideo,"
            "mxf,nut,ogg,rm,webm,yuv4mpegpipe")
-# Larger frames, decoded or resized, are refused: a file of 1 MB may ask for more memory than there
-# is.
+# Larger frames, decoded or resized, are refused: small files may ask for more memory than there is.
 MAX_SIDE, MAX_PIXELS = 16_384, 2 ** 26
 
 
@@ -154,7 +153,7 @@ def video_frames(path, sampling, timeout):
             if current:
                 yield current, len(times) - count
                 return
-    raise DataError("no frame could be decoded")
+    raise DataError(f"no frame of at most {MAX_PIXELS:,} pixels could be decoded")
 
 
 def _open(path, timeout=30.0):
@@ -177,7 +176,7 @@ def _by_index(container, stream, sampling, timeout):
     packets = []
     # An index holds the time when a key frame is decoded, up to 16 frames before its own.
     with suppress(av.FFmpegError):
-        container.seek(int(max(first, times[0] - interval / 4 - 16 * interval)), stream=stream)
+        container.seek(int(max(first, times[0] - 17 * interval)), stream=stream)
         packets = _read_packets(container, stream, times[-1])
     keys = [i for i, p in enumerate(packets) if p.is_keyframe and p.pts <= times[0]]
     if not keys or max(p.pts for p in packets) + 2 * interval < min(times[-1], last):
@@ -205,15 +204,16 @@ def _by_counting(container, stream, sampling, timeout):
     in which the decoder returns them."""
     count, seconds = count_frames(container.name)
     times = sampling.times(0, count - 1, 1, seconds)
-    if not 0 <= times[0] < count:
-        raise DataError(f"no frame {sampling.start} to start at" if count else "no frames")
-    return _numbered(_decode_packets(stream.codec_context, container.demux(stream), timeout)), times
+    if not 0 <= times[0] < max(1, count):
+        raise DataError(f"no frame {sampling.start} to start at")
 
+    def numbered():
+        frames = _decode_packets(stream.codec_context, container.demux(stream), timeout)
+        for number, frame in enumerate(frames):
+            frame.pts = number
+            yield frame
 
-def _numbered(frames):
-    for number, frame in enumerate(frames):
-        frame.pts = number
-        yield frame
+    return numbered(), times
 
 
 def _lacks_times(container, stream):

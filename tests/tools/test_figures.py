@@ -53,13 +53,18 @@ def test_clips_that_all_fail_are_an_error(videos):
         figures.draw_clips(dataset, "unused.png")
 
 
-def test_a_picture_without_a_suffix_is_a_png_and_an_error_leaves_no_folder(tmp_path, videos):
-    arguments = "clips", videos, "--img-size", 32, "--out"
-    assert run(tmp_path, *arguments, "new/x").stdout.endswith("drawn: new/x.png\n")
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
-    assert "must end in .png" in run(tmp_path, *arguments, "other/x.txt").stderr
-    run(tmp_path, "clips", "nowhere", "--out", "other/x.png")
-    assert not (tmp_path / "other").exists()
+def test_a_picture_without_a_suffix_is_a_png_and_an_error_leaves_no_folder(
+        videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    figures.main(["clips", str(videos), "--img-size", "32", "--out", "new/x"])
+    assert capsys.readouterr().out.endswith("drawn: new/x.png\n")
+    assert [file.name for file in Path("new").iterdir()] == ["x.png"]
+    with pytest.raises(SystemExit):
+        figures.main(["clips", str(videos), "--out", "other/x.txt"])
+    assert "--out other/x.txt must end in .png" in capsys.readouterr().err
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        figures.main(["clips", "nowhere", "--out", "other/x.png"])
+    assert not Path("other").exists()
 
 
 def test_sizes_below_1_exit_with_2(capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from tests.conftest import frame_indices, open_small, write_images, write_video
+from video import decode
 from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, describe, normalize,
                           random_resized_crop, read_clip, resize_short_side, to_tensor)
 
@@ -253,6 +254,7 @@ def large_video(path):
     write_video(path, 1, "ffv1", "gray", 17_000, 16)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name, make, message", [
     ("a.png", lambda path: Image.new("1", (13_000, 13_000)).save(path), "13000 x 13000 pixels"),
     ("a.png", lambda path: Image.new("1", (20_000, 1)).save(path), "20000 x 1 pixels"),
@@ -265,9 +267,16 @@ def test_frames_that_are_too_large_are_refused_before_they_are_decoded(tmp_path,
         read_clip(tmp_path / name, 4, 1, crop=partial(resize_short_side, 256))
 
 
-@pytest.mark.parametrize("name, dtype", [("a.png", np.uint16), ("a.tif", np.uint16)])
-def test_images_with_16_bits_are_scaled_to_8(tmp_path, name, dtype):
-    Image.fromarray(np.array([[0, 40_000, 65_535]], dtype)).save(tmp_path / name)
+def test_frames_that_turn_out_too_large_while_decoding_are_refused(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mkv", 2, "ffv1", "gray", 200, 100)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 10_000)
+    with pytest.raises(DataError, match="no frame of at most 10,000 pixels could be decoded"):
+        read_clip(path, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_images_with_16_bits_are_scaled_to_8(tmp_path, name):
+    Image.fromarray(np.array([[0, 40_000, 65_535]], np.uint16)).save(tmp_path / name)
     assert read_clip(tmp_path / name, 1, 1)[0, 0].tolist() == [[0] * 3, [156] * 3, [255] * 3]
 
 
