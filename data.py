@@ -10,16 +10,10 @@ flip. A run that is resumed, or that has more processes, therefore sees exactly 
 Finding and decoding files is in video/.
 """
 
-import atexit
-import ctypes
-import multiprocessing
 import os
-import signal
-import sys
 import traceback
 from functools import lru_cache, partial
 from itertools import islice
-from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
@@ -29,6 +23,7 @@ from video.decode import (Batch, DataError, normalize, random_resized_crop, read
                           resize_short_side, to_tensor)
 from video.listing import PackedStrings, load_entries, number_labels, with_labels
 from video.synthetic import Synthetic
+from video.workers import start_worker
 
 
 def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=1.0,
@@ -218,34 +213,6 @@ class BatchMaker:
             return error
         except Exception:
             return RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-
-
-def start_worker(worker_id):
-    """Signals such as Ctrl-C reach all processes, but the main process decides what to do: it may
-    want to finish its step. Workers ignore them, and end when the main process does."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch compares os.getppid() between batches
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # Python drops a batch that cannot be sent, and the main process would wait for it forever.
-    Queue._on_queue_feeder_error = staticmethod(end_worker)
-
-
-def end_worker(error, batch):
-    """Called in a worker that cannot send a batch, for lack of memory or of open files."""
-    print(f"a worker process cannot send a batch: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-@atexit.register
-def kill_workers():
-    """After an error in the main process, Python sends workers SIGTERM, which they ignore, and
-    waits for them."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
-    for process in multiprocessing.active_children():
-        process.kill()
 
 
 def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None):

@@ -16,7 +16,7 @@ from baselines.masks import TruncatedMultiBlockMask
 from data import DataError, open_clips
 from masks import MultiBlockMask
 from runtime.loading import evenly_spaced
-from tools.visualize import draw_films, tokens_to_pixels
+from tools.visualize import draw_filmstrips, tokens_to_pixels
 from video.decode import denormalize, describe, normalize, read_clip
 
 MASK_SETS = {"short range": (8, 0.15, (0.75, 1.5), 0.20, 0.50),
@@ -28,7 +28,7 @@ def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
     """One clip's masks, this project's and the release's; prints the context per time step."""
     T, H, W = grid
     clips = open_clips(["synthetic"], T, 2, 16 * H, noise=0.0).batch([1]).clips
-    frames, films = denormalize(clips), {}  # (1, T', H, W, 3): one for each time step
+    frames, strips = denormalize(clips), {}  # (1, T', H, W, 3): one for each time step
     print("context tokens per time step:")
     for name, settings in MASK_SETS.items():
         for how, sampler in SAMPLERS.items():
@@ -42,10 +42,10 @@ def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
             colours = torch.full((1, T * H * W, 3), 0.15)
             colours[0, context[0]] = torch.ones(3)
             colours[0, targets[0]] = torch.tensor([1, 0.55, 0])
-            films[f"{name},\n{how}"] = frames * tokens_to_pixels(colours, grid, (1, 16, 16))
+            strips[f"{name},\n{how}"] = frames * tokens_to_pixels(colours, grid, (1, 16, 16))
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw_films(films, [next(iter(films))], "Masks of one clip in each time step. Plain: context, "
-               "orange: targets, dark: neither", file, height=1.4)
+    draw_filmstrips(strips, [next(iter(strips))], "Masks of one clip in each time step. Plain: "
+                    "context, orange: targets, dark: neither", file, row_height=1.4)
 
 
 def summarize(dataset):
@@ -80,7 +80,8 @@ def draw_clips(dataset, file):
         raise DataError(f"none of {len(batch.bad)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw_films({"": denormalize(normalize(batch.clips))}, captions, dataset.name, file, height=1.3)
+    draw_filmstrips({"": denormalize(normalize(batch.clips))}, captions, dataset.name, file,
+                    row_height=1.3)
 
 
 def main(arguments=None):
