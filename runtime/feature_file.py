@@ -47,6 +47,10 @@ def read(path):
              for name, task in tasks.items()},
             arrays["split"].tolist(), arrays["groups"].tolist() if "groups" in arrays else None,
             int(arrays.get("num_heads", 1)))
+        for values in (found.tokens, *found.labels.values(), found.splits, found.groups or mean):
+            if len(values) != len(mean):
+                raise ValueError(f"{len(mean)} features, but {len(values)} labels, splits, groups "
+                                 "or tokens")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{path}: not features of tools.extract ({reason})") from None
