@@ -10,12 +10,13 @@ of the other parts, so a mistake in one part costs nothing in the next.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
 import os
-import resource
 import shutil
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -90,13 +91,13 @@ POINTS = {
         "e": {"test_probe.py": {
             "test_the_linear_probe_is_where_loss_and_decay_balance": 10,
             "test_the_linear_probe_learns_separable_classes_and_keeps_leading_axes": 5}}},
-    5: {"a": {"comparisons/test_report.py": {
+    5: {"a": {"experiments/test_report.py": {
             "test_means_and_deviations_are_over_the_seeds_of_a_run": 6,
             "test_the_spread_of_a_single_value_is_0": 4}},
-        "b": {"comparisons/test_report.py": {
+        "b": {"experiments/test_report.py": {
             "test_a_claim_is_judged_by_its_difference_against_the_spread": 15,
             "test_a_verdict_begins_with_the_difference": 5}},
-        "c": {"comparisons/test_ablations.py": {
+        "c": {"experiments/test_ablations.py": {
             "test_the_learning_rate_with_the_best_validation_accuracy_is_chosen": 6,
             "test_each_run_has_a_learning_rate_of_its_own_trials": 9}},
         "d": {"test_written_report.py": {
@@ -112,6 +113,7 @@ PRELOAD = ["torch", "torch._dynamo", "torch.testing", "torchvision.transforms.v2
            "numpy", "av", "tqdm", "PIL.Image"]
 LONGEST_OUTPUT = 4000  # bytes of a test's output that are kept
 LARGEST_FILE = 2 ** 26  # bytes that student code can write into a file, such as its output
+PR_SET_CHILD_SUBREAPER = 36  # Linux: the number of a command of prctl
 
 
 class Job(NamedTuple):
@@ -190,10 +192,12 @@ class Outcomes:
 
 
 def run_test(tree, node, log, answer):
-    """Run one test in a tree, in a process of its own, and send whether it passed.
+    """Run one test in a tree, in a process and a session of its own, and send whether it passed.
 
     Its output goes to the file `log`.
     """
+    import resource  # not on Windows
+    os.setsid()
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -218,6 +222,48 @@ def run_test(tree, node, log, answer):
     answer.send(code == 0 and outcomes.passed > 0 and outcomes.others == 0)
 
 
+def supervise(tree, node, log, limit, answer):
+    """Run one test, end all processes that it has started, and send whether it passed and how it
+    ended, if it did not by itself. No student code runs in this process."""
+    if sys.platform == "linux":  # processes whose parent ends become children of this one
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    result, theirs = multiprocessing.Pipe(duplex=False)
+    test = multiprocessing.get_context("fork").Process(target=run_test,
+                                                       args=(tree, node, log, theirs))
+    test.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    passed, end = False, f"stopped after {limit:g} s"
+    try:
+        if result.poll(limit):
+            passed, end = result.recv() is True, ""
+    except EOFError:
+        test.join()
+        end = f"the process ended early, with exit code {test.exitcode}"
+    finally:  # also after Ctrl-C, which the test's session does not get
+        test.kill()
+        test.join()
+        end_children(test.pid)
+    answer.send((passed, end))
+
+
+def end_children(session):
+    """End all processes that a test has left behind: its session, and on Linux those that left it,
+    which are children of this process now."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(session, signal.SIGKILL)
+    while sys.platform == "linux":
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # some end meanwhile
+                # "PID (NAME) STATE PARENT ...", and a name may contain anything
+                parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+                if parent == os.getpid():
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+        try:
+            os.wait()  # for one of them; its own children are found next
+        except ChildProcessError:  # there are none
+            return
+
+
 def grade_test(context, job, part, file, test):
     """Run one test in a new process: -> whether it passed, and its output."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -225,18 +271,14 @@ def grade_test(context, job, part, file, test):
         tree, log = Path(temporary).resolve() / "tree", Path(temporary, "output.txt")
         build_tree(job, part, tree)
         answer, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=run_test, args=(tree, f"tests/{file}::{test}", log,
-                                                         theirs), daemon=True)
+        process = context.Process(target=supervise, args=(tree, f"tests/{file}::{test}", log,
+                                                          job.limit, theirs))
         process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-        passed, end = False, f"stopped after {job.limit:g} s"
+        theirs.close()
         try:
-            if answer.poll(job.limit):
-                passed, end = answer.recv() is True, ""
+            passed, end = answer.recv()
         except EOFError:
-            process.join()
-            end = f"the process ended early, with exit code {process.exitcode}"
-        process.kill()
+            passed, end = False, "the process that watched this test was killed"
         process.join()
         return passed, (tail(log) + end).strip()
 

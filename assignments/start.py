@@ -38,9 +38,9 @@ BLANKS = {
         "c": ("runtime/metrics.py", "knn_votes"),
         "d": ("probe.py", "balanced_subset"),
         "e": ("probe.py", "fit_linear")},
-    5: {"a": ("comparisons/report.py", "mean_and_spread"),
-        "b": ("comparisons/report.py", "verdict"),
-        "c": ("comparisons/ablations.py", "choose_rates")},  # part d is a report, not code
+    5: {"a": ("experiments/report.py", "mean_and_spread"),
+        "b": ("experiments/report.py", "verdict"),
+        "c": ("experiments/ablations.py", "choose_rates")},  # part d is a report, not code
 }
 HANDOUTS = {1: "1-masks.md", 2: "2-model.md", 3: "3-objective.md", 4: "4-evaluation.md",
             5: "5-study.md"}

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from runtime.distributed import split_batch
 
 PRESETS = ("vitb16", "vitl16", "vith16", "vith16_384")
 GPUS = (1, 8, 64, 512)
 GPUS_PER_NODE, WORKERS, PREFETCH = 8, 8, 2
-# Clips per second that one core reads, by the size of the video; measured: docs/data.md.
-DECODING = {"480x270": 19.6, "1280x720": 6.1}
+# Clips per second that one core decodes, by the size of the video, in the table of docs/data.md:
+# `python decoding.py ours VIDEO`, with the script there.
+DECODING = {"480x270": 44.3, "1280x720": 10.6}
 
 
 def count(config):
@@ -57,8 +57,8 @@ def tables(peak, share, bandwidth):
         for gpus in GPUS:
             if config.batch_size % gpus:
                 continue
-            micro_batch, passes = split_batch(config.batch_size, config.micro_batch, gpus)
-            clips = micro_batch * passes
+            clips = config.batch_size // gpus
+            micro_batch = min(config.micro_batch, clips)
             seconds = clips * flop / (share * peak * 1e12)
             # A ring sends every gradient twice, except for each GPU's own part.
             exchange = 2 * (gpus - 1) / gpus * 4 * trained / (bandwidth * 1e9)
@@ -66,7 +66,7 @@ def tables(peak, share, bandwidth):
             clip_bytes = 3 * config.num_frames * config.img_size ** 2
             memory = min(gpus, GPUS_PER_NODE) * WORKERS * PREFETCH * micro_batch * clip_bytes
             cores = " | ".join(f"{math.ceil(rate / speed)}" for speed in DECODING.values())
-            yield (f"| {name} | {gpus} | {clips} = {passes} x {micro_batch} | "
+            yield (f"| {name} | {gpus} | {clips} = {clips // micro_batch} x {micro_batch} | "
                    f"{seconds:.2f} s | {exchange:.2f} s | {rate:.0f} | {cores} | "
                    f"{memory / 1e9:.1f} GB |")
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from comparisons.report import mean_and_spread, read, verdict
+from experiments.report import mean_and_spread, read, verdict
 
 TEXTS = ("claim", "prediction", "better", "worse", "results", "column", "verdict", "explanation")
 

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -24,10 +25,24 @@ WRONG = {
         "        return F.layer_norm(features, features.shape[-1:])",
         "return self.target_encoder(clips)"),
     4: ("c", "runtime/metrics.py", "similarity.fill_diagonal_(-1e9)", "pass"),  # a clip votes
-    5: ("b", "comparisons/report.py",  # the standard deviation instead of the standard error
-        "[statistics.variance(values) / len(values) for values in (better, worse)]",
-        "[statistics.variance(values) for values in (better, worse)]"),
+    5: ("b", "experiments/report.py",  # the standard deviation instead of the standard error
+        "statistics.variance(better) / n, statistics.variance(worse) / m",
+        "statistics.variance(better), statistics.variance(worse)"),
 }
+
+# Writes its number into a file of a folder; its parent and its session are gone by then.
+DAEMON = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        with open(f"{sys.argv[1]}/daemon-{os.getpid()}", "w"):
+            pass
+        os.closerange(0, 100)
+        time.sleep(120)
+    os._exit(0)
+os.wait()
+"""
 
 LATER = [(1, "d"), (2, "e")]  # parts that call all earlier ones
 EXAMPLE = ROOT / "assignments" / "example"
@@ -64,8 +79,10 @@ def edit(path, old, new):
 
 def begin_with(path, name, line):
     """Insert a line of code at the beginning of a function."""
-    lines = path.read_text().split("\n")
-    lines.insert(start.body_lines(path.read_text(), name).start, 4 * " " + line)
+    source = path.read_text()
+    lines = source.split("\n")
+    indent = " " * start.find(source, name).body[0].col_offset
+    lines.insert(start.body_lines(source, name).start, indent + line)
     path.write_text("\n".join(lines))
 
 
@@ -78,7 +95,7 @@ def cheat(folder):
     (folder / "conftest.py").write_text("def pytest_runtest_call(item):\n"
                                         "    item.obj = lambda **fixtures: None\n")
     shutil.copyfile(folder / "conftest.py", folder / "tests" / "conftest.py")
-    edit(folder / "comparisons/report.py", 'raise NotImplementedError("Assignment 5, part b")',
+    edit(folder / "experiments/report.py", 'raise NotImplementedError("Assignment 5, part b")',
          "import pytest; pytest.skip()")
     (folder / "report.json").symlink_to(EXAMPLE / "report.json")
     return folder
@@ -90,13 +107,17 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("handed-in")
     dies = reference(folder / "dies")
     begin_with(dies / "probe.py", "balanced_subset", "import os; os._exit(0)")
-    edit(dies / "probe.py", "D, h = x.shape[-1], self.num_heads\n        key =",
-         "import time\n        while True:\n            time.sleep(1)\n        key =")
+    begin_with(dies / "probe.py", "CrossAttention.weights",
+               "while True: __import__('time').sleep(1)")
     floods = reference(folder / "floods")
     begin_with(floods / "probe.py", "balanced_subset", "while True: print('x' * 1_000_000)")
+    daemon = reference(folder / "daemon")
+    begin_with(daemon / "probe.py", "balanced_subset",
+               f"__import__('subprocess').run({[sys.executable, '-c', DAEMON, str(daemon)]})")
     # The endless loop comes first and holds one of three workers.
     jobs = {"loops": grade.Job(dies, 4, ("a",), limit=5),
             "crashes": grade.Job(dies, 4, ("c", "d")), "floods": grade.Job(floods, 4, ("d",)),
+            "daemon": grade.Job(daemon, 4, ("d",)),
             "cheat": grade.Job(cheat(folder / "cheat"), 5)}
     right = reference(folder / "right")
     for number, (part, file, old, new) in WRONG.items():
@@ -120,7 +141,7 @@ def results(tmp_path_factory):
     # In a process of its own, because a process has one forkserver for all of its tests.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         done = pool.submit(grade.grade, list(jobs.values()), workers=3).result()
-    return dict(zip(jobs, done, strict=True))
+    return dict(zip(jobs, done, strict=True)) | {"daemon folder": daemon}
 
 
 @pytest.mark.parametrize("number", start.BLANKS)
@@ -178,16 +199,26 @@ def test_a_crash_and_an_endless_loop_cost_only_their_own_points(results):
     assert "exit code 0" in results["crashes"]["tests"][-1]["output"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux finds processes without a parent")
+def test_a_daemon_that_has_left_its_session_ends_with_its_test(results):
+    assert grade.points_by_part(results["daemon"]) == {"d": [15, 15]}
+    numbers = [int(file.name.split("-")[1]) for file in results["daemon folder"].glob("daemon-*")]
+    assert len(numbers) >= 2  # one for each test and more
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+
 def test_output_without_end_is_cut_and_earns_nothing(results):
     for entry in results["floods"]["tests"]:
         assert entry["score"] == 0 and len(entry["output"]) < 5000
 
 
 def test_a_report_is_judged_by_the_projects_arithmetic(tmp_path):
-    edit(reference(tmp_path / "mine") / "comparisons/report.py", "better) - stat", "better) + stat")
+    edit(reference(tmp_path / "mine") / "experiments/report.py", "better) - stat", "better) + stat")
     for part, judge in ("b", tmp_path / "mine"), ("d", ROOT):
         grade.build_tree(grade.Job(tmp_path / "mine", 5), part, tmp_path / part)
-        code = (tmp_path / part / "comparisons/report.py").read_text()
+        code = (tmp_path / part / "experiments/report.py").read_text()
         assert ("better) + stat" in code) == (judge != ROOT)
 
 
@@ -213,7 +244,7 @@ def test_a_starter_is_the_project_without_the_solutions(number, tmp_path):
     folder = tmp_path / "starter"
     start.start(number, folder)
     assert {path.name for path in folder.iterdir() if path.is_dir()} - {"example"} == {
-        "runtime", "video", "comparisons", "tools", "tests", "docs"}
+        "runtime", "video", "baselines", "experiments", "tools", "tests", "docs"}
     assert not [*folder.rglob("__pycache__"), *folder.rglob("test_assignments.py")]
     assert json.loads((folder / "assignment.json").read_text()) == {"assignment": number}
     bodies = {}

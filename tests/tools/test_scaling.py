@@ -11,6 +11,12 @@ def test_the_page_in_docs_shows_what_is_computed(monkeypatch):
         assert line in page
 
 
+def test_decoding_is_as_fast_as_the_page_about_data_says():
+    page = (ROOT / "docs/data.md").read_text()
+    for size, speed in scaling.DECODING.items():
+        assert f"| h264, {size} | **{speed}** |" in page
+
+
 def test_twice_the_bandwidth_halves_the_exchange_and_nothing_else(monkeypatch):
     monkeypatch.setattr(scaling, "PRESETS", ("vitb16",))
     monkeypatch.setattr(scaling, "count", lambda config: (10 ** 12, 10 ** 9, 2 * 10 ** 9))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comparisons.mae import unpatchify
+from baselines.mae import unpatchify
 from data import DataError
 from model import patchify
 from tests.runs import train_here
