@@ -23,12 +23,11 @@ from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from video.decode import (Batch, DataError, normalize, random_resized_crop, read_clip,
                           resize_short_side, to_tensor)
 from video.listing import PackedStrings, load_entries, number_labels, with_labels
-from video.playback import Playback
 from video.synthetic import Synthetic
 
 
@@ -274,57 +273,3 @@ def loader(dataset, batches, num_workers=0, pin_memory=False, sample_masks=None)
                         "--workers or a smaller batch, or allow more open files (ulimit -n) or "
                         "shared memory (docker run --shm-size 8g)") from None
     raise batch
-
-
-def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, tasks=()):
-    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
-
-    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
-    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
-    for each group. clip_options: of open_clips, as from open_encoder; views: of test clips only;
-    tasks: of video/playback instead of the clips' classes. Raises DataError.
-    """
-    def open_split(split, paths=data, **options):
-        clips = open_clips(paths, **clip_options, split=split, train=False, segments=segments,
-                           need_labels=not tasks, **options)
-        if tasks and not isinstance(clips, VideoClips):
-            raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")
-        return Playback(clips, tasks) if tasks else clips
-
-    leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train")
-    ids = range(len(train))
-    if test_data:
-        test = open_split(None, test_data, views=views,
-                          classes=getattr(train, "classes", None))
-        return train, test, [(ids, range(len(test)))]
-    if split not in train.splits and "val" in train.splits and not leave_out:
-        print(f"no '{split}' split: 'val' is used")
-        split = "val"
-    if split in train.splits:
-        test = open_split(split, views=views)
-        return train, test, [(ids, range(len(test)))]
-    if leave_out and not train.groups:
-        raise DataError(f"{train.name}: leave-one-group-out needs a list with a group column")
-    if not leave_out:
-        print(f"no '{split}' split: every third {'group' if train.groups else 'clip'} is held out")
-    folds = hold_out(next(iter(train.labels(ids).values())), train.groups, leave_out)
-    return train, open_split(None if leave_out else "train", views=views), folds
-
-
-def hold_out(labels, groups=None, leave_one_group_out=False):
-    """Split labelled clips -> folds [(train_ids, test_ids)], lists of indices.
-
-    Every third group is held out, or without groups every third clip of each class; or there is a
-    fold for each group. labels: (n,) int64; groups: n names, or None.
-    """
-    ids = range(len(labels))
-    if leave_one_group_out:
-        held_out = [{group} for group in sorted(set(groups))]
-    elif groups:
-        held_out = [set(sorted(set(groups))[::3])]
-    else:
-        groups = ids  # every clip is its own group
-        held_out = [set(labels.argsort(stable=True)[::3].tolist())]
-    return [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
-            for test in held_out]

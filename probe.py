@@ -26,15 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError, open_splits
+from data import DataError
 from model import MLP, init_weights
 from runtime import feature_file, report
 from runtime.device import DTYPES, pick_device, pick_precision
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, progress
 from runtime.metrics import accuracy, knn_votes, standardize
-from runtime.source import (SourceConfig, check_memory, open_source, random_init_encoder,
-                            read_clips)
+from runtime.source import (SourceConfig, check_memory, open_source, open_splits,
+                            random_init_encoder, read_clips)
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
 from video.playback import TASKS
 

@@ -222,7 +222,8 @@ def compile_blocks(model, num_mask_sets, backend="inductor"):
     """Compile a model's blocks, which takes seconds; a graph of the whole loss takes minutes."""
     # They share a graph for the target encoder and two per mask set; above this, none is compiled.
     torch._dynamo.config.cache_size_limit = max(8, 1 + 2 * num_mask_sets)
-    # DDP would split these graphs where its buckets end. A block is smaller than what it gains.
+    # DDP would split graphs where its buckets of gradients end, so that they are exchanged early.
+    # Compiled block by block, they are anyway.
     torch._dynamo.config.optimize_ddp = False
     for block in model.modules():
         if isinstance(block, Block):

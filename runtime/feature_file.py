@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError, hold_out
+from data import DataError
 from runtime.device import free_memory
+from runtime.source import hold_out
 
 
 @dataclass
@@ -66,8 +67,6 @@ def split_folds(file, split, name):
         return [i for i, clip_split in enumerate(file.splits) if clip_split in ("", *splits)]
 
     leave_out = split == "leave-one-group-out"
-    if leave_out and not file.groups:
-        raise DataError(f"{name}: leave-one-group-out needs groups, which the clips did not have")
     if not leave_out and split not in file.splits and "val" in file.splits:
         print(f"no '{split}' split: 'val' is used")
         split = "val"
@@ -75,5 +74,5 @@ def split_folds(file, split, name):
         return [(clips_of("train"), clips_of(split))]
     ids = range(len(file.splits)) if leave_out else clips_of("train")
     labels = next(iter(file.labels.values()))[list(ids)]
-    folds = hold_out(labels, file.groups and [file.groups[i] for i in ids], leave_out)
+    folds = hold_out(labels, file.groups and [file.groups[i] for i in ids], split, name)
     return [([ids[i] for i in fit], [ids[i] for i in held_out]) for fit, held_out in folds]

@@ -1,4 +1,4 @@
-"""What is evaluated: the encoder of a checkpoint, and the clips that it sees."""
+"""What is evaluated: the encoder of a checkpoint, the clips that it sees, and their splits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import DataError, loader, normalize
+from data import DataError, VideoClips, loader, normalize, open_clips
 from model import VJEPA, VisionTransformer, sincos_pos_embed
 from runtime.device import free_memory, pick_device
 from runtime.flags import flag
 from runtime.loading import num_workers, progress
 from runtime.weights import encoder_sizes, latest_run, load_checkpoint, load_encoder
+from video.playback import Playback
 
 # Segments spread over a video, and views: crops spread over its longer side (paper, appendix D).
 PROTOCOLS = {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
@@ -60,6 +61,67 @@ def open_source(config):
     segments, views = PROTOCOLS.get(config.protocol, (1, 1))
     protocol = {"segments": config.segments or segments, "views": config.views or views}
     return path, encoder, data, clip_options, protocol
+
+
+def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, tasks=()):
+    """Labelled clips to train and test probes -> (train_set, test_set, [(train_ids, test_ids)]).
+
+    Test clips are those in test_data (a list of paths), or the `split` of data, or its val split,
+    or every third group, or every third clip of each class; split "leave-one-group-out" has a fold
+    for each group. clip_options: of open_clips, as from open_source; views: of test clips only;
+    tasks: of video/playback instead of the clips' classes. Raises DataError.
+    """
+    def open_split(split, paths=data, **options):
+        clips = open_clips(paths, **clip_options, split=split, train=False, segments=segments,
+                           need_labels=not tasks, **options)
+        if tasks and not isinstance(clips, VideoClips):
+            raise DataError(f"--task {' '.join(tasks)} needs videos, not {clips.name} clips")
+        return Playback(clips, tasks) if tasks else clips
+
+    leave_out = split == "leave-one-group-out"
+    train = open_split(None if leave_out or test_data else "train")
+    ids = range(len(train))
+    if not leave_out and split not in ("test", "val", *train.splits):
+        raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "
+                        f"splits of {train.name}")
+    if test_data:
+        test = open_split(None, test_data, views=views,
+                          classes=getattr(train, "classes", None))
+        return train, test, [(ids, range(len(test)))]
+    if split not in train.splits and "val" in train.splits and not leave_out:
+        print(f"no '{split}' split: 'val' is used")
+        split = "val"
+    if split in train.splits:
+        test = open_split(split, views=views)
+        return train, test, [(ids, range(len(test)))]
+    folds = hold_out(next(iter(train.labels(ids).values())), train.groups, split, train.name)
+    return train, open_split(None if leave_out else "train", views=views), folds
+
+
+def hold_out(labels, groups, split, name):
+    """Split labelled clips without a test split -> folds [(train_ids, test_ids)], lists of indices.
+
+    Every third group is held out, or without groups every third clip of each class; for the split
+    "leave-one-group-out" there is a fold for each group. labels: (n,) int64; groups: n names, or
+    None; name: for messages. Raises DataError.
+    """
+    ids, leave_out = range(len(labels)), split == "leave-one-group-out"
+    if groups and len(set(groups)) < 2:
+        raise DataError(f"{name}: all clips are of one group, so none can be held out")
+    if leave_out:
+        if not groups:
+            raise DataError(f"{name}: leave-one-group-out needs a list with a group column")
+        held_out = [{group} for group in sorted(set(groups))]
+    elif groups:
+        print(f"no '{split}' split: every third group is held out")
+        held_out = [set(sorted(set(groups))[::3])]
+    else:
+        print(f"no '{split}' split: every third clip is held out. If several clips are from one "
+              "video, name it in a column 'group' of a list, or training has seen it")
+        groups = ids  # every clip is its own group
+        held_out = [set(labels.argsort(stable=True)[::3].tolist())]
+    return [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
+            for test in held_out]
 
 
 def random_init_encoder(path, num_frames, num_heads=None):

@@ -26,18 +26,19 @@ def tensors(golden):
 
 
 def write_video(path, frames=40, codec="libx264", pix_fmt="yuv420p", width=64, height=48,
-                stamps=None, options=None, shade=6, container_format=None):
-    """Frame i is gray of value shade * i, its left half black; stamps are in 1/300 s."""
+                stamps=None, options=None, shade=6, container_format=None, ticks=300):
+    """Frame i is gray of value shade * i, its left half black; stamps are in 1/ticks s."""
     file = path if container_format else str(path)
     with av.open(file, "w", container_format) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        stream.codec_context.time_base = Fraction(1, 300)
+        stream.codec_context.time_base = Fraction(1, ticks)
         for i in range(frames):
             image = np.full((height, width, 3), shade * i, np.uint8)
             image[:, :width // 2] = 0
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.pts, frame.time_base = stamps[i] if stamps else 10 * i, Fraction(1, 300)
+            frame.pts = stamps[i] if stamps else ticks // 30 * i
+            frame.time_base = Fraction(1, ticks)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

@@ -18,10 +18,11 @@ RECIPES = re.findall(r"(?ms)\*\*([A-Z][\w ]+)\.\*\*.*?^```diff\n(.*?)^```\n```ba
 
 
 def apply(diff, folder):
-    """Apply a diff without line numbers: `--- file`, then hunks, with `@@` in between."""
+    """Apply a diff without line numbers: `--- file`, which may be new, then hunks, with `@@` in
+    between."""
     file, hunks = diff.split("\n", 1)
     path = folder / file.removeprefix("--- ")
-    source = path.read_text()
+    source = path.read_text() if path.exists() else ""
     for hunk in re.split(r"(?m)^@@.*\n", hunks):
         old, new = ("".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in kinds)
                     for kinds in (" -", " +"))
@@ -35,7 +36,7 @@ def project(tmp_path):
     """A copy of the project's code."""
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, tmp_path)
-    for folder in ("runtime", "video", "comparisons", "tests"):
+    for folder in ("runtime", "video", "baselines", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder,
                         ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
@@ -49,6 +50,9 @@ for arguments in {commands}:
     print("<<<", arguments[0])
     if arguments[0] == "pytest":
         pytest.main(["-p", "no:cacheprovider", *arguments[1:]])
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
@@ -75,7 +79,7 @@ def test_a_recipe_applies_and_its_commands_run(name, diff, commands, project):
     apply(diff, project)
     commands = [command.removeprefix("python ").split() for command in commands.split(" && ")]
     printed = run(project, [
-        [*command, *[*FAST, "--steps", "2"] * (command[0] == "train.py")]
+        [*command, *[*FAST, "--steps", "2"] * (command[0] in ("train.py", "-m"))]
         for command in commands if command[0] != "probe.py"])  # tested elsewhere, and slow
     if name == "Change the loss":
         failed = re.findall(r"FAILED tests/test_model.py::(\w+)", printed["pytest"])

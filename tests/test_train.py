@@ -428,6 +428,24 @@ def test_nothing_is_compiled_after_the_second_step(tmp_path, monkeypatch):
     same_losses(metrics(tmp_path, "run"), compiled)
 
 
+def count_graphs():
+    compile, update, graphs = torch.compile, ema.update, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile = lambda function, **options: compile(function, **options | {"backend": backend})
+    ema.update = lambda *arguments: (print("graphs:", len(graphs)), update(*arguments))
+
+
+def test_gradient_buckets_of_several_processes_do_not_split_graphs(tmp_path):
+    codes, output = together(tmp_path, "--compile", "on", "--embed-dim", "1024", "--steps", "1",
+                             "--eval-every", "9", first=count_graphs)
+    assert codes == [0, 0], output
+    assert output.count("graphs: 5\n") == 2  # as in one process
+
+
 def bytes_kept_for_backward(model, clips, masks):
     kept, own = {}, {tensor.untyped_storage().data_ptr()
                      for tensor in (*model.parameters(), *model.buffers(), clips)}

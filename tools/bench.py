@@ -86,13 +86,14 @@ def count_flops(step, parts):
         return parts.measure(step, counter.get_total_flops)
 
 
-def bench(config):
-    """Take some training steps and print how long each part takes; config: train.Config."""
+def bench(config, build=train.build):
+    """Take some training steps and print how long each part takes; config: train.Config; build: a
+    baseline's."""
     device = pick_device(config.device)
     torch.set_float32_matmul_precision("high")
     precision = pick_precision(config.precision, device)
     micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
-    model, samplers = train.build(config)
+    model, samplers = build(config)
     optimizer = train.build_optimizer(model.to(device), config)
     dataset, _ = train.open_datasets(config, model.encoder.num_frames)
     ids = chain([[0], [0]], (list(range(i, i + micro_batch)) for i in count(0, micro_batch)))

@@ -43,30 +43,31 @@ def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
             colours[0, context[0]] = torch.ones(3)
             colours[0, targets[0]] = torch.tensor([1, 0.55, 0])
             films[f"{name},\n{how}"] = frames * tokens_to_pixels(colours, grid, (1, 16, 16))
+    file.parent.mkdir(parents=True, exist_ok=True)
     draw_films(films, [next(iter(films))], "Masks of one clip in each time step. Plain: context, "
                "orange: targets, dark: neither", file, height=1.4)
 
 
 def summarize(dataset):
-    """Lines about a data set and about up to 500 of its files, evenly_spaced spread."""
+    """Lines about a data set and about up to 500 of its files, evenly spaced."""
     yield f"{dataset.name}: {len(dataset)} clips"
     labels = dataset.labels(range(len(dataset)))
     for task, names in dataset.class_names.items():
         counts = labels[task].bincount(minlength=len(names)).tolist()
-        sizes = ", ".join(f"{name} ({n})" for name, n in zip(names, counts, strict=True))
-        yield f"{task}: {len(names)} classes: {sizes[:1000]}"
-    paths, kinds, facts, bad = getattr(dataset, "paths", []), Counter(), [], []
+        counted = ", ".join(f"{name} ({n})" for name, n in zip(names, counts, strict=True))
+        yield f"{task}: {len(names)} classes: {counted[:1000]}"
+    paths, formats, sizes, bad = getattr(dataset, "paths", []), Counter(), [], []
     for path in (paths[i] for i in evenly_spaced(len(paths), 500)):
         try:
             read_clip(path, 1, 1)
-            kind, *numbers = describe(path)
-            kinds[kind] += 1
-            facts.append(numbers)
+            file_format, *numbers = describe(path)
+            formats[file_format] += 1
+            sizes.append(numbers)
         except DataError as error:
             bad.append(f"unreadable: {error}")
-    yield from (f"{count} x {kind}" for kind, count in kinds.most_common(8))
+    yield from (f"{count} x {name}" for name, count in formats.most_common(8))
     names = "height", "width", "seconds", "frames"
-    for name, values in zip(names, zip(*facts, strict=True), strict=False):
+    for name, values in zip(names, zip(*sizes, strict=True), strict=False):
         yield f"{name} {min(values):.4g} to {max(values):.4g}, median {median(values):.4g}"
     yield from [f"{len(bad)} unreadable", *bad] if bad else []
 
@@ -78,6 +79,7 @@ def draw_clips(dataset, file):
     if not len(batch.clips):
         raise DataError(f"none of {len(batch.bad)} clips can be read: {batch.bad[0]}")
     captions = [dataset.caption(sample_id) for sample_id in batch.sample_ids.tolist()]
+    file.parent.mkdir(parents=True, exist_ok=True)
     draw_films({"": denormalize(normalize(batch.clips))}, captions, dataset.name, file, height=1.3)
 
 
@@ -97,7 +99,9 @@ def main(arguments=None):
     if min(args.num_frames, args.frame_step, args.img_size) < 1:
         parser.error("--num-frames, --frame-step and --img-size must be at least 1")
     file = args.out or Path("out", f"{args.figure}.png")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = file.with_suffix(file.suffix or ".png")
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--out {file} must end in .png, .pdf or .svg")
     if args.figure == "masks":
         draw_masks(file)
     else:

@@ -23,13 +23,13 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from data import DataError, loader, open_splits, to_device
+from data import DataError, loader, to_device
 from masks import sample_masks
 from model import gather_tokens
 from probe import fit_linear
 from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
-from runtime.source import SourceConfig, open_source
+from runtime.source import SourceConfig, open_source, open_splits
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from tools.visualize import tokens_to_pixels
 from video.decode import denormalize

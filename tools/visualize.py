@@ -23,14 +23,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from baselines.mae import unpatchify
-from data import DataError, open_clips, open_splits
+from data import DataError, open_clips
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
 from probe import encode, fit_attentive, shuffled_batches
 from runtime.flags import parse
 from runtime.loading import BadFiles, evenly_spaced
 from runtime.metrics import standardize
-from runtime.source import SourceConfig, check_memory, open_source, read_clips
+from runtime.source import SourceConfig, check_memory, open_source, open_splits, read_clips
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
 

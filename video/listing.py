@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, islice, pairwise
+from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +57,15 @@ class PackedStrings(Sequence):
 
 def load_entries(paths):
     """The clips that the paths (list of str) point to, as a list of Entry. Raises DataError."""
-    return [entry._replace(source=source) for source, path in enumerate(paths)
-            for entry in find_entries(Path(path))]
+    return [entry._replace(source=source, group=entry.group or source_video(entry.path))
+            for source, path in enumerate(paths) for entry in find_entries(Path(path))]
+
+
+def source_video(path):
+    """The video that a clip was cut from, if its name is as in UCF-101: "v_Run_g01_c02.avi" is the
+    second clip of v_Run_g01; else None."""
+    clip = re.fullmatch(r"(.+_g\d+)_c\d+", Path(path).stem)
+    return clip and clip[1]
 
 
 def find_entries(path):
@@ -87,32 +95,62 @@ def _read_list(file):
     if not file.is_file():  # a device or pipe could be read without end
         raise DataError(f"{file}: not a regular file")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: neither a video nor a readable list of videos") from error
-    by_comma = "," in "".join(lines[:1])
-    rows = ((n, _columns(line, by_comma)) for n, line in enumerate(lines, 1) if line.strip())
-    header, entries, first = ["path", "label"], [], list(islice(rows, 1))
-    if first and "path" in map(str.lower, first[0][1]):
-        header, first = [column.lower() for column in first[0][1]], []
-    folder = "" if str(file.parent) == "." else str(file.parent)
-    for n, columns in chain(first, rows):
+    header, entries = ["path", "label"], []
+    for n, columns in _read_rows(file, text):
+        if not entries and "path" in map(str.lower, columns):
+            header = [column.lower() for column in columns]
+            continue
         row = {key: column or None for key, column in zip(header, columns, strict=False)}
         if len(columns) > len(header) or not row.get("path"):
             raise DataError(f"{file}:{n}: expected {', '.join(header)}; quote paths that contain "
                             "commas, and name further columns in a first line")
         name, split = row.get("class"), row.get("split")
-        entries.append(Entry(os.path.join(folder, row["path"]), row.get("label") or name, name,
-                             row.get("group"), SPLITS.get(split, split), str(file), n))
-    return entries
+        entries.append(Entry(row["path"], row.get("label") or name, name, row.get("group"),
+                             SPLITS.get(split, split), str(file), n))
+    folder = "" if str(file.parent) == "." else str(file.parent)
+    if all(map(_is_of_ucf_101, entries)):
+        # Class numbers start at 1 there, and test lists have none: classes go by folders' names.
+        entries = [entry._replace(label=Path(entry.path).parent.name) for entry in entries]
+        folder = _find_videos(folder, entries)
+    return [entry._replace(path=os.path.join(folder, entry.path)) for entry in entries]
 
 
-def _columns(line, by_comma):
-    if by_comma:
-        return [column.strip() for column in next(csv.reader([line], skipinitialspace=True))]
-    line = line.strip().replace("\t", " ")
-    path, _, label = line.rpartition(" ")
-    return [path.strip(), label] if path and not label.lower().endswith(MEDIA) else [line]
+def _read_rows(file, text):
+    """Yield (line number, columns) of the lines that are not empty."""
+    first = text.lstrip().split("\n")[0]
+    if "," not in first and not first.startswith('"'):
+        for n, line in enumerate(text.split("\n"), 1):
+            line = line.strip(" \t").replace("\t", " ")
+            path, _, label = line.rpartition(" ")
+            if line:
+                yield n, ([path.strip(" "), label] if path and not label.lower().endswith(MEDIA)
+                          else [line])
+        return
+    rows = csv.reader(StringIO(text), skipinitialspace=True, strict=True)  # quotes may hold lines
+    try:
+        for columns in rows:
+            if columns:
+                yield rows.line_num, [column.strip() for column in columns]
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num}: {error}") from None
+
+
+def _is_of_ucf_101(entry):
+    """Whether an entry is as in UCF-101's official lists: "Run/v_Run_g01_c02.avi 1"."""
+    return (source_video(entry.path) and os.path.dirname(entry.path)
+            and (entry.label is None or entry.label.isdecimal()) and entry.name is None)
+
+
+def _find_videos(folder, entries):
+    """The folder that UCF-101's lists are relative to: the one they are in, or one beside it."""
+    beside = [path for path in sorted((Path(folder).absolute().parent).iterdir()) if path.is_dir()]
+    for root in (folder, *map(str, beside)):
+        if entries and os.path.exists(os.path.join(root, entries[0].path)):
+            return root
+    return folder
 
 
 def _read_folder(root):
@@ -183,6 +221,10 @@ def number_labels(entries, classes=None):
     """
     given = {entry.label: entry for entry in entries if entry.label is not None}
     if all(re.fullmatch(r"-?\d+", label) for label in given):
+        for label in given:
+            if len(label) > 18:
+                raise DataError(f"{given[label].where()}: label {label[:9]}... is a number of "
+                                f"{len(label)} digits")
         names = {int(label): entry.name for label, entry in given.items()}
         size = min(100_000, max(names, default=-1) + 1)  # larger labels are mistakes
         classes = classes or [names.get(i) or str(i) for i in range(size)]

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch.utils.data import Dataset
 
-from video.decode import DAMAGED, Batch, DataError, describe
+from video.decode import Batch, DataError, describe
 from video.listing import note
 
 SPEEDS = (1, 2, 4)
@@ -76,7 +76,7 @@ def is_long(path, clips):
     """Whether a file has all frames of a clip, by its header."""
     try:
         *_, seconds, frames = describe(path)
-    except (DataError, *DAMAGED):  # it is reported when it is read, by those that do not need this
+    except DataError:  # it is reported when it is read, by those that do not need this
         return False
     steps = clips.num_frames - 1
     if clips.fps:

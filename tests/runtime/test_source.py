@@ -1,12 +1,15 @@
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 
 from data import DataError, open_clips
 from model import VJEPA, VisionTransformer
 from runtime import source
 from runtime.loading import BadFiles
 from runtime.source import (FrameByFrame, SourceConfig, check_memory, encoder_of_clips, open_source,
-                            random_init_encoder, read_clips)
+                            open_splits, random_init_encoder, read_clips)
 from tests.conftest import GOLDEN
 
 CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
@@ -84,3 +87,100 @@ def test_too_little_memory_for_all_tokens_is_one_line_that_says_what_to_do(monke
     with pytest.raises(DataError, match="of 101 clips by 2 encoder.*free memory.*--controls") as e:
         check_memory(encoders, CLIP, 101, CPU)
     assert "\n" not in str(e.value)
+
+
+def write_small_images(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i % 255, 0, 0)).save(folder / name)
+
+
+def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys):
+    write_small_images(tmp_path, [f"{label}/{name}.png" for label in "ab" for name in "pqrstu"])
+    train, _, [(train_ids, test_ids)] = open_splits([str(tmp_path)], "test", CLIP)
+    assert sorted(train_ids + test_ids) == list(range(12)) and len(test_ids) == 4
+    assert train.labels(test_ids)["class"].bincount().tolist() == [2, 2]
+    assert "every third clip is held out. If several clips are from" in capsys.readouterr().out
+
+
+def write_groups(folder):
+    write_small_images(folder, [f"{i}.png" for i in range(9)])
+    lines = ["path,label,group", *(f"{i}.png,{i % 2},g{i // 2}" for i in range(9))]
+    (folder / "list.csv").write_text("\n".join(lines))
+    return str(folder / "list.csv")
+
+
+def test_groups_are_held_out_whole(tmp_path):
+    clips, _, [(train_ids, test_ids)] = open_splits([write_groups(tmp_path)], "test", CLIP)
+    assert train_ids and test_ids
+    assert not {clips.groups[i] for i in train_ids} & {clips.groups[i] for i in test_ids}
+
+
+def test_leave_one_group_out_tests_on_every_group_once(tmp_path):
+    clips, test, folds = open_splits([write_groups(tmp_path)], "leave-one-group-out", CLIP)
+    assert sorted(i for _, test_ids in folds for i in test_ids) == list(range(9))
+    assert len(folds) == 5
+    for train_ids, test_ids in folds:
+        assert sorted(train_ids + test_ids) == list(range(9))
+        assert len({test.groups[i] for i in test_ids}) == 1
+        assert not {clips.groups[i] for i in train_ids} & {clips.groups[i] for i in test_ids}
+    write_small_images(tmp_path / "x", ["a/1.png", "b/1.png"])
+    with pytest.raises(DataError, match="needs a list with a group column"):
+        open_splits([str(tmp_path / "x")], "leave-one-group-out", CLIP)
+
+
+def test_a_split_that_there_is_not_is_an_error(tmp_path):
+    write_small_images(tmp_path, [f"{label}/{i}.png" for label in "ab" for i in range(3)])
+    for paths in ([str(tmp_path)], ["synthetic"]):
+        with pytest.raises(DataError, match="--split abc is not one of test, val, leave-one-"):
+            open_splits(paths, "abc", CLIP)
+    (tmp_path / "list.csv").write_text("path,label,group\na/0.png,0,x\nb/1.png,1,x\n")
+    with pytest.raises(DataError, match="list.csv: all clips are of one group"):
+        open_splits([str(tmp_path / "list.csv")], "test", CLIP)
+
+
+def test_val_is_used_if_there_is_no_test_split(tmp_path, capsys):
+    write_small_images(tmp_path, [f"{part}/{label}/1.png" for part in ("train", "val")
+                                  for label in "ab"])
+    _, test, [(_, test_ids)] = open_splits([str(tmp_path)], "test", CLIP)
+    assert "'val' is used" in capsys.readouterr().out
+    assert all("/val/" in test.path(i) for i in test_ids) and len(test_ids) == 2
+
+
+def test_test_data_may_be_elsewhere_and_must_have_the_classes_of_the_training_data(tmp_path):
+    write_small_images(tmp_path, ["1.png", "2.png"])
+    for name, text in (("a", "1.png 0\n2.png 1"), ("b", "2.png 1"), ("c", "1.png 0\n2.png 2")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    a, b, c = (str(tmp_path / f"{name}.txt") for name in "abc")
+    train, test, [(train_ids, test_ids)] = open_splits([a], "test", CLIP, [b], views=3)
+    assert (list(train_ids), list(test_ids)) == ([0, 1], [0])
+    assert test.labels(test_ids)["class"].tolist() == [1]
+    assert train.protocol == (1, 1) and test.protocol == (1, 3)
+    with pytest.raises(DataError, match=r"c.txt:2: label 2 is not among the 2 classes"):
+        open_splits([a], "test", CLIP, [c])
+
+
+def test_synthetic_clips_have_their_own_test_split():
+    clip = {**CLIP, "fps": 0.0, "noise": 0.6, "seed": 5}
+    train, test, [(train_ids, test_ids)] = open_splits(["synthetic"], "test", clip, segments=1,
+                                                       views=1)
+    assert (len(train_ids), len(test_ids)) == (len(train), len(test))
+    assert (train.split, test.split) == ("train", "test")
+
+
+def test_unlabelled_clips_cannot_be_probed(tmp_path):
+    write_small_images(tmp_path, ["1.png", "2.png"])
+    with pytest.raises(DataError, match=f"{tmp_path}: no label"):
+        open_splits([str(tmp_path)], "test", CLIP)
+
+
+def test_clips_without_a_label_are_left_out_and_counted_once(videos, capsys):
+    shutil.copy(videos / "a/0.mp4", videos / "loose.mp4")
+    train, test, [(train_ids, test_ids)] = open_splits([str(videos)], "test", CLIP)
+    assert train.classes == test.classes == ["a", "b"] and len(train_ids) + len(test_ids) == 12
+    clips = open_clips([str(videos)], **CLIP, train=False, need_labels=True)
+    assert (len(clips), clips.classes) == (12, ["a", "b"])
+    assert len(open_clips([str(videos)], **CLIP)) == 13
+    assert capsys.readouterr().err == (
+        "note: 1 of 13 clips have no label, so evaluations leave them out; the first is "
+        f"{videos}/loose.mp4\n")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train
+from baselines import videomae
 from model import VJEPA, sincos_pos_embed
 from probe import AttentiveProbe
 from runtime.weights import (CheckpointError, init_networks, latest_run, load_encoder,
@@ -136,7 +137,7 @@ def test_positions_are_resampled_for_clips_of_another_size(tensors):
 
 
 def test_networks_that_a_checkpoint_does_not_have_are_named(tmp_path, monkeypatch, capsys):
-    source = train_here(tmp_path, monkeypatch, "--method", "videomae", "--steps", "1")
+    source = train_here(tmp_path, monkeypatch, "--steps", "1", module=videomae)
     saved = torch.load(max(source.glob("*.pt")), weights_only=True)
     del saved["predictor"]
     torch.save(saved, tmp_path / "pixels.pt")

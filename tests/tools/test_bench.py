@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import train
+from baselines import dino
 from data import Batch, DataError
 from masks import sample_masks
 from tests.conftest import write_video
@@ -54,16 +55,16 @@ def test_the_step_trains_the_methods_own_loss_and_measures_each_part_once():
     assert not torch.equal(model.encoder.norm.bias, before)
 
 
-@pytest.mark.parametrize("method", ["vjepa", "dino"])
-def test_it_prints_what_a_step_takes_and_writes_nothing(method, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("build", [train.build, dino.build])
+def test_it_prints_what_a_step_takes_and_writes_nothing(build, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "STEPS", 3)
-    bench.main([*FAST, "--method", method])
+    bench.bench(train.parse_args(FAST)[0], build)
     printed = capsys.readouterr().out
     for part in ("clips/s, 4 clips", "peak memory", "TFLOP/s of a large matrix product in fp32",
                  "data wait", "context encoder", "backward", "optimizer", "momentum"):
         assert part in printed
-    assert ("target encoder" in printed) == (method == "vjepa")
+    assert ("target encoder" in printed) == (build is train.build)
     assert not list(tmp_path.iterdir())
 
 

@@ -53,6 +53,15 @@ def test_clips_that_all_fail_are_an_error(videos):
         figures.draw_clips(dataset, "unused.png")
 
 
+def test_a_picture_without_a_suffix_is_a_png_and_an_error_leaves_no_folder(tmp_path, videos):
+    arguments = "clips", videos, "--img-size", 32, "--out"
+    assert run(tmp_path, *arguments, "new/x").stdout.endswith("drawn: new/x.png\n")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
+    assert "must end in .png" in run(tmp_path, *arguments, "other/x.txt").stderr
+    run(tmp_path, "clips", "nowhere", "--out", "other/x.png")
+    assert not (tmp_path / "other").exists()
+
+
 def test_sizes_below_1_exit_with_2(capsys):
     with pytest.raises(SystemExit) as error:
         figures.main(["clips", "--num-frames", "0"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from baselines import mae
 from tests.runs import train_here
 from tools import predictor
 
@@ -80,7 +81,7 @@ def test_labelled_video_is_read_only(videos, tmp_path, monkeypatch):
 
 
 def test_a_method_without_predicted_features_is_an_error(tmp_path, monkeypatch):
-    train_here(tmp_path, monkeypatch, "--method", "mae", "--steps", "1")
+    train_here(tmp_path, monkeypatch, "--steps", "1", module=mae)
     with pytest.raises(ValueError, match="only runs of --method vjepa"):
         predictor.main([])
 

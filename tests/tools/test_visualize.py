@@ -2,6 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
+import train
+from baselines import dino, ijepa, mae
 from baselines.mae import unpatchify
 from data import DataError
 from model import patchify
@@ -11,13 +13,13 @@ from tools import visualize
 PICTURES = {"attention.png", "features.gif", "neighbours.png", "predictions.png"}
 
 
-@pytest.mark.parametrize("method, train, test, missing", [
-    ("vjepa", 80, 40, set()), ("vjepa", 3, 2, set()), ("ijepa", 80, 40, set()),
-    ("mae", 80, 40, {"predictions.png"}), ("dino", 80, 40, {"predictions.png"})])
+@pytest.mark.parametrize("module, train_clips, test_clips, missing", [
+    (train, 80, 40, set()), (train, 3, 2, set()), (ijepa, 80, 40, set()),
+    (mae, 80, 40, {"predictions.png"}), (dino, 80, 40, {"predictions.png"})])
 def test_every_picture_of_a_run_is_drawn_or_its_absence_explained(
-        method, train, test, missing, tmp_path, monkeypatch, capsys):
-    train_here(tmp_path, monkeypatch, "--method", method, "--steps", "1")
-    splits = {"train": train, "val": 8, "test": test}
+        module, train_clips, test_clips, missing, tmp_path, monkeypatch, capsys):
+    train_here(tmp_path, monkeypatch, "--steps", "1", module=module)
+    splits = {"train": train_clips, "val": 8, "test": test_clips}
     monkeypatch.setattr("video.synthetic.Synthetic.splits", splits)
     visualize.main(["--out", "pictures"])
     drawn = {path.name: Image.open(path) for path in (tmp_path / "pictures").iterdir()}

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from tests.conftest import frame_indices, open_small, write_images, write_video
-from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, normalize,
+from video.decode import (IMAGENET_MEAN, IMAGENET_STD, DataError, denormalize, describe, normalize,
                           random_resized_crop, read_clip, resize_short_side, to_tensor)
 
 
@@ -45,6 +45,26 @@ def test_frames_between_others_are_found_in_avi_which_has_no_presentation_times(
             assert np.array_equal(read_clip(path, 4, step, start), expected)
         assert np.array_equal(read_clip(path, 3, 1, start, fps=15),
                               [shown[min(39, start + 2 * k)] for k in range(3)])
+
+
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.mpg", "mpeg1video", {"bf": "2", "g": "12"}), ("a.vob", "mpeg2video", {"bf": "2"}),
+    ("a.mpg", "libx264", {}), ("a.wmv", "libx264", {}),
+    ("a.avi", "libx264", {"x264-params": "bframes=8:b-pyramid=normal:b-adapt=0:keyint=24"})])
+def test_frames_are_counted_where_a_format_stores_no_presentation_times(tmp_path, name, codec,
+                                                                        options):
+    path = write_video(tmp_path / name, 64, codec, ticks=30, shade=3, options=options, width=160,
+                       height=96)
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 64 and describe(path)[-1] == 64 and 2 < describe(path)[3] < 2.3
+    for start in range(64):
+        assert np.array_equal(read_clip(path, 1, 1, start), shown[start:start + 1])
+    for position, first in ((0, 0), (0.5, 27), (1, 54)):
+        assert np.array_equal(read_clip(path, 4, 3, position=position), shown[first:first + 10:3])
+    assert np.array_equal(read_clip(path, 3, 1, position=1, fps=15), shown[59::2])
+    with pytest.raises(DataError, match="no frame 64 to start at"):
+        read_clip(path, 1, 1, start=64)
 
 
 @pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.webm", "libvpx"),
@@ -83,17 +103,32 @@ def test_a_short_video_repeats_its_last_frame(tmp_path, frames, expected):
     assert frame_indices(read_clip(path, 4, 4), shade=20) == expected
 
 
-def test_a_rotated_video_is_turned_upright(tmp_path):
-    path = write_video(tmp_path / "a.mp4", 3, shade=90)
+@pytest.mark.parametrize("a, b, c, d", [
+    (0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0),
+    (0, -1, -1, 0)])
+def test_a_rotated_or_mirrored_video_is_turned_upright(tmp_path, a, b, c, d):
+    greys = {(-1, -1): 0, (1, -1): 80, (-1, 1): 160, (1, 1): 240}  # of quadrants, at (x, y)
+    image = np.zeros((48, 64, 3), np.uint8)
+    for (x, y), grey in greys.items():
+        image[12 + 12 * y:36 + 12 * y, 16 + 16 * x:48 + 16 * x] = grey
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", width=64, height=48, options={"qp": "0"})
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
     raw = path.read_bytes()
     where = raw.index(b"tkhd") + 44
-    matrix = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # to the right
+    one = 1 << 16
+    matrix = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
     path.write_bytes(raw[:where] + matrix + raw[where + 36:])
-    frame = read_clip(path, 1, 1, start=2)[0]
-    assert frame.shape == (64, 48, 3)
-    assert frame[:30].mean() < 10 and frame[34:].mean() > 170  # the left half is now the upper one
+    frame = read_clip(path, 1, 1, start=0)[0]
+    assert frame.shape == ((64, 48, 3) if b else (48, 64, 3))
+    for (x, y), grey in greys.items():  # (x, y) is shown at (a x + c y, b x + d y)
+        row = frame.shape[0] * (2 + b * x + d * y) // 4
+        column = frame.shape[1] * (2 + a * x + c * y) // 4
+        assert abs(frame[row - 4:row + 4, column - 4:column + 4].astype(int) - grey).max() < 6
     clip = read_clip(path, 1, 1, crop=partial(resize_short_side, 24))
-    assert clip.shape == (1, 32, 24, 3)
+    assert clip.shape == ((1, 32, 24, 3) if b else (1, 24, 32, 3))
 
 
 def test_a_truncated_video_is_read_as_far_as_it_goes(tmp_path):
@@ -202,6 +237,45 @@ def test_an_unreadable_path_is_one_clear_line(tmp_path, make, reason, capfd):
     assert capfd.readouterr() == ("", "")
     with pytest.raises(DataError, match="none of the first 1 clips can|no videos|no such"):
         open_small(path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, IndexError, KeyError])
+def test_whatever_decoding_raises_makes_a_file_unreadable(tmp_path, error, monkeypatch):
+    def fail(image):
+        raise error("no such luck")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(DataError, match=f"a.png: {error.__name__}: .*no such luck"):
+        read_clip(tmp_path / "a.png", 1, 1)
+
+
+def large_video(path):
+    write_video(path, 1, "ffv1", "gray", 17_000, 16)
+
+
+@pytest.mark.parametrize("name, make, message", [
+    ("a.png", lambda path: Image.new("1", (13_000, 13_000)).save(path), "13000 x 13000 pixels"),
+    ("a.png", lambda path: Image.new("1", (20_000, 1)).save(path), "20000 x 1 pixels"),
+    ("a.png", lambda path: Image.new("1", (16_000, 1)).save(path), "4096000 x 256 pixels"),
+    ("a.mkv", large_video, "17000 x 16 pixels")])
+def test_frames_that_are_too_large_are_refused_before_they_are_decoded(tmp_path, name, make,
+                                                                       message):
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=f"a frame of {message} is too large: the limits are"):
+        read_clip(tmp_path / name, 4, 1, crop=partial(resize_short_side, 256))
+
+
+@pytest.mark.parametrize("name, dtype", [("a.png", np.uint16), ("a.tif", np.uint16)])
+def test_images_with_16_bits_are_scaled_to_8(tmp_path, name, dtype):
+    Image.fromarray(np.array([[0, 40_000, 65_535]], dtype)).save(tmp_path / name)
+    assert read_clip(tmp_path / name, 1, 1)[0, 0].tolist() == [[0] * 3, [156] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_images_with_32_bits_are_refused_because_their_range_is_not_known(tmp_path, dtype):
+    Image.fromarray(np.array([[0.5, 1]]).astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="a.tif: pixels of 32 bits .* save it with 8 or 16 bits"):
+        read_clip(tmp_path / "a.tif", 1, 1)
 
 
 def test_pipes_and_devices_are_not_read(tmp_path):

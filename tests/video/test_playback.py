@@ -3,7 +3,7 @@ import torch
 
 import probe
 from data import DataError
-from data import open_splits
+from runtime.source import open_splits
 from tests.conftest import frame_indices, open_small, write_video
 from tests.runs import train_here
 from video.decode import normalize

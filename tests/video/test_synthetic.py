@@ -30,12 +30,12 @@ def test_a_clip_depends_on_seed_split_and_sample_id_only():
     assert all(not torch.equal(other[6], clips[2]) for other in others)
 
 
-def test_noise_is_the_std_of_static_that_is_new_in_every_frame():
+def test_noise_has_its_std_and_is_new_in_every_frame():
     clips = [Synthetic(8, 40, noise=noise)[0] for noise in (0.0, 0.2, 0.6)]
     for noise, clip in zip((0.2, 0.6), clips[1:], strict=True):
-        static = clip - clips[0]  # (3, T, H, W)
-        assert abs(static.std() - noise) < 0.01
-        assert abs((static[:, 1:] - static[:, :-1]).std() - noise * 2 ** 0.5) < 0.02
+        drawn = clip - clips[0]  # (3, T, H, W)
+        assert abs(drawn.std() - noise) < 0.01
+        assert abs((drawn[:, 1:] - drawn[:, :-1]).std() - noise * 2 ** 0.5) < 0.02
 
 
 def test_all_glyphs_move_as_the_label_says():
