@@ -38,8 +38,10 @@ def test_clips_are_split_as_open_splits_does(tmp_path, capsys):
     assert (train, test) == ([2, 3, 4, 5], [0, 1])
     each = folds("leave-one-group-out", groups=list("xyzxyz"))
     assert each == [([1, 2, 4, 5], [0, 3]), ([0, 2, 3, 5], [1, 4]), ([0, 1, 3, 4], [2, 5])]
-    with pytest.raises(DataError, match="a.npz: leave-one-group-out needs groups"):
+    with pytest.raises(DataError, match="a.npz: leave-one-group-out needs a list with a group"):
         folds("leave-one-group-out")
+    with pytest.raises(DataError, match="--split abc is not one of .* splits of a.npz"):
+        folds("abc")
 
 
 @pytest.mark.parametrize("content, says", [

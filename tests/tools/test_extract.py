@@ -49,7 +49,7 @@ def test_tokens_and_groups_are_written_for_probing(videos, tmp_path, monkeypatch
     flags = ["--data", str(videos / "list.csv"), "--views", "3", "--frame-step", "1"]
     extract.main(["f.npz", *PUBLISHED, *flags, "--tokens"])
     found = np.load("f.npz")
-    assert found["tokens"].dtype == np.float16 and found["tokens"].shape == (11, 3, 16, 64)
+    assert found["tokens"].dtype == np.float16 and found["tokens"].shape == (11, 3, 64, 64)
     np.testing.assert_allclose(found["tokens"].mean(2, dtype=np.float32), found["features"],
                                atol=2e-3)
     assert found["groups"].tolist() == ["g0"] * 3 + ["g1"] * 3 + ["g0"] * 3 + ["g1"] * 2
