@@ -323,9 +323,10 @@ def encode(encoders, batches, num_clips, keep_tokens=True):
 
 
 def positions(encoded_ids, sample_ids):
-    """Where clips are among those encoded, without unreadable ones: int64 (n,)."""
+    """Where clips are among those encoded, which unreadable ones are not: int64 (n,)."""
     wanted = set(sample_ids)
-    return torch.tensor([i for i, sample_id in enumerate(encoded_ids) if sample_id in wanted])
+    return torch.tensor([i for i, sample_id in enumerate(encoded_ids) if sample_id in wanted],
+                        dtype=torch.int64)
 
 
 def main(config):
@@ -337,7 +338,11 @@ def main(config):
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
     keep_tokens = "attentive" in config.probes
 
-    if config.features:  # the file holds all clips, those to train and those to test the probes
+    if config.features:
+        # One file has the features of all clips, those to train and those to test the probes.
+        if config.checkpoint or config.data or config.test_data or config.task:
+            raise ValueError("--features cannot be combined with --checkpoint, --data, --test-data "
+                             "or --task: the file has its own clips and labels")
         path, data, device = Path(config.features), [], pick_device(config.device)
         file = feature_file.read(path)
         folds = feature_file.split_folds(file, config.split, path)
@@ -373,20 +378,17 @@ def main(config):
             count = protocol["segments"] * (len(train_ids) + protocol["views"] * len(test_ids))
             check_memory(encoders, clip_options, count, device)
         bad_files = BadFiles(len(train_ids) + len(test_ids), config.max_bad)
-        train, train_ids = encode(encoders, read_clips(
-            train_set, train_ids, bad_files, config, device, "training clips"),
-            len(train_ids), keep_tokens)
-        test, test_ids = encode(encoders, read_clips(
-            test_set, test_ids, bad_files, config, device, "test clips"),
-            len(test_ids), keep_tokens)
+        clips = read_clips(train_set, train_ids, bad_files, config, device, "encoding train clips")
+        train, train_ids = encode(encoders, clips, len(train_ids), keep_tokens)
+        clips = read_clips(test_set, test_ids, bad_files, config, device, "encoding test clips")
+        test, test_ids = encode(encoders, clips, len(test_ids), keep_tokens)
         bad_files.summary()
         train_labels, test_labels = train_set.labels(train_ids), test_set.labels(test_ids)
 
-    # Which rows of the features train and test: unreadable clips have none.
+    # All probes: every encoder and task, with all labels and, for encoders with weights of their
+    # own, with few, for every seed and fold.
     folds = [(positions(train_ids, fit_ids), positions(test_ids, held_out_ids))
              for fit_ids, held_out_ids in folds]
-
-    # All probes. Few labels are only tried where there are weights to compare.
     fractions = sorted({1.0, *config.label_fraction}, reverse=True)
     scores = {}  # {(task, probe, column of the table): accuracies (seeds, folds)}
     confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)

@@ -48,6 +48,10 @@ def read(path):
              for name, task in tasks.items()},
             arrays["split"].tolist(), arrays["groups"].tolist() if "groups" in arrays else None,
             int(arrays.get("num_heads", 1)))
+        for values in (found.tokens, *found.labels.values(), found.splits, found.groups or mean):
+            if len(values) != len(mean):
+                raise ValueError(f"{len(mean)} features, but {len(values)} labels, splits, groups "
+                                 "or tokens")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DataError(f"{path}: not features of tools.extract ({reason})") from None
@@ -57,12 +61,15 @@ def read(path):
 
 
 def split_folds(file, split, name):
-    """Folds [(train_ids, test_ids)] of a FeatureFile, by the rules of data.open_splits. Raises
+    """Folds [(train_ids, test_ids)] of a FeatureFile, by the rules of source.open_splits. Raises
     DataError, which mentions the file's name."""
     def clips_of(*splits):
         return [i for i, clip_split in enumerate(file.splits) if clip_split in ("", *splits)]
 
     leave_out = split == "leave-one-group-out"
+    if not leave_out and split not in ("test", "val", *file.splits):
+        raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "
+                        f"splits of {name}")
     if not leave_out and split not in file.splits and "val" in file.splits:
         print(f"no '{split}' split: 'val' is used")
         split = "val"

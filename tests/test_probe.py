@@ -14,10 +14,15 @@ from torch import nn
 
 import probe
 import train
-from runtime.features import PROTOCOLS, Features, random_init_encoder
-from runtime.metrics import accuracy
+from data import open_clips
+from model import VisionTransformer
+from runtime import source
+from runtime.loading import BadFiles
+from runtime.metrics import accuracy, knn_votes
+from runtime.source import SourceConfig, random_init_encoder, read_clips
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
+from tools import extract
 from video.decode import DataError
 from video.synthetic import Synthetic
 
@@ -47,10 +52,6 @@ def test_one_query_is_attention_over_all_tokens():
         theirs.out_proj.bias.zero_()
     query, x = torch.randn(1, 1, 24), torch.randn(5, 11, 24)
     torch.testing.assert_close(ours(query, x), theirs(query.expand(5, 1, 24), x, x)[0])
-    scale, shift = torch.randn(24), torch.randn(24)
-    tokens = scale * x + shift
-    torch.testing.assert_close(ours(query, x, scale, shift),
-                               theirs(query.expand(5, 1, 24), tokens, tokens)[0])
 
 
 def test_attention_weights_are_those_of_multi_head_attention():
@@ -59,9 +60,9 @@ def test_attention_weights_are_those_of_multi_head_attention():
         theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.kv.weight]))
         theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.kv.bias]).normal_())
         ours.q.bias.copy_(theirs.in_proj_bias[:24])
-    query, x, scale = torch.randn(1, 1, 24), torch.randn(5, 11, 24), torch.randn(24)
-    expected = theirs(query.expand(5, 1, 24), scale * x, x, average_attn_weights=False)[1]
-    torch.testing.assert_close(ours.weights(query, x, scale), expected[:, :, 0].transpose(1, 2))
+    query, x = torch.randn(1, 1, 24), torch.randn(5, 11, 24)
+    expected = theirs(query.expand(5, 1, 24), x, x, average_attn_weights=False)[1]
+    torch.testing.assert_close(ours.weights(query, x), expected[:, :, 0].transpose(1, 2))
 
 
 def test_a_probe_file_of_another_shape_is_an_error(tmp_path):
@@ -124,8 +125,13 @@ def test_validation_clips_are_a_fifth_of_each_class_and_apart_from_the_rest():
     assert len(fit) == 3 and len(val) == 1
 
 
-def as_features(tokens, labels):
-    return Features(tokens.half(), tokens.mean(2), labels, list(range(len(tokens))))
+def test_every_epoch_trains_on_all_clips_in_a_new_order():
+    batches = probe.shuffled_batches(130, seed=0)
+    assert len(batches) == 200 and {len(batch) for batch in batches} == {64}
+    first, second = (torch.cat(batches[i:i + 2]).tolist() for i in (0, 2))
+    assert len(set(first)) == len(set(second)) == 128 and first != second
+    assert len(probe.shuffled_batches(6400, seed=0)) == 20 * 100
+    assert all(len(batch.unique()) == 3 for batch in probe.shuffled_batches(3, seed=0))
 
 
 def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
@@ -134,15 +140,42 @@ def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
     labels["absent"] = labels["absent"][torch.randperm(300, generator=generator)]
     tokens = torch.randn(300, 2, 6, 12, generator=generator)  # two views
     tokens[:, :, 2, :3] += 12 * nn.functional.one_hot(labels["there"], 3)[:, None]
-    train, test = (as_features(tokens[part], {task: values[part] for task, values in
-                                              labels.items()}) for part in (slice(200),
-                                                                            slice(200, 300)))
+    two_views = probe.Features(tokens.half(), tokens.mean(2))
+    one_view = probe.Features(two_views.tokens[:, :1], two_views.mean[:, :1])
+    ids = torch.arange(300)
     for task in labels:
-        predicted = probe.probe_all(train, test, task, 3, num_heads=2)
+        predicted = probe.fit_probes(one_view, ids[:200], labels[task], two_views, ids[200:], 3, 2)
         assert set(predicted) == {"attentive", "linear", "knn"}
         for classes in predicted.values():
-            score = accuracy(classes, test.labels[task])
+            score = accuracy(classes, labels[task][200:])
             assert score > 0.9 if task == "there" else score < 0.5
+
+
+def test_every_probe_fits_all_labels_and_no_other(monkeypatch):
+    """Whatever is held out to choose hyper-parameters is fitted in the end."""
+    labels, used = torch.arange(200) % 2, torch.arange(40, 140)
+    features, seen = probe.Features(torch.randn(200, 1, 3, 4).half(), torch.randn(200, 1, 4)), []
+    fit_attentive = probe.fit_attentive
+
+    def watched(batches, *arguments):
+        def watch():
+            for tokens, classes in batches:
+                seen.append(tokens)
+                yield tokens, classes
+        return fit_attentive(watch(), *arguments)
+
+    monkeypatch.setattr(probe, "fit_attentive", watched)
+    probe.fit_probes(features, used, labels, features, torch.arange(5), 2, 1)
+    first = {tuple(clip.flatten().tolist()) for clip in torch.cat(seen)}
+    assert first == {tuple(clip.flatten().tolist()) for clip in features.tokens[used, 0]}
+
+
+def test_nearest_neighbours_in_chunks_are_those_of_all_at_once():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(n, 8, generator=generator) for n in (50, 600))
+    labels = torch.arange(50) % 5
+    torch.testing.assert_close(probe.knn_scores(train, labels, test, 3),
+                               knn_votes(train, labels, test, 3))
 
 
 def test_the_softmax_is_averaged_over_views():
@@ -150,11 +183,74 @@ def test_the_softmax_is_averaged_over_views():
     labels = torch.arange(100) % 2
     tokens = torch.randn(100, 1, 3, 4, generator=generator)
     tokens[..., 0] += 6 * labels[:, None, None]
-    fit, val = probe.split_for_validation(labels, generator)
-    fitted = probe.fit_attentive(tokens, labels, fit, val, 1, 2, seed=0)
+    batches = probe.shuffled_batches(100, seed=0)
+    fitted = probe.fit_attentive(((tokens[ids, 0], labels[ids]) for ids in batches), len(batches),
+                                 4, 1, 2)
     both = torch.stack([tokens[:2, 0], tokens[1:3, 0]], dim=1)  # clips 0 and 1, then 1 and 2
-    alone = probe.predict(fitted, tokens[:3])
-    torch.testing.assert_close(probe.predict(fitted, both), (alone[:2] + alone[1:]) / 2)
+    alone = probe.predict(fitted, [tokens[:2], tokens[2:3]])
+    torch.testing.assert_close(probe.predict(fitted, [both]), (alone[:2] + alone[1:]) / 2)
+
+
+def encode_videos(encoders, videos, sample_ids=range(12), keep_tokens=True, **options):
+    dataset = open_clips([str(videos)], 4, 1, 16, train=False, **options)
+    clips = read_clips(dataset, sample_ids, BadFiles(12), SourceConfig(workers=0, batch_size=5),
+                       torch.device("cpu"))
+    return dataset, *probe.encode(encoders, clips, len(sample_ids), keep_tokens)
+
+
+def small_encoder():
+    torch.manual_seed(0)
+    return VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval()
+
+
+def test_features_are_those_of_the_encoder(videos):
+    encoder = small_encoder()
+    encoders = {"trained": encoder, "still": lambda clips: encoder(probe.middle_frame(clips))}
+    dataset, features, sample_ids = encode_videos(encoders, videos)
+    assert sample_ids == [i for i in range(12) if i != 9]  # b/3.mp4 is a text file
+    for name, encode in encoders.items():
+        assert features[name].tokens.dtype == torch.float16
+        for row, sample_id in enumerate(sample_ids):
+            expected = encode(dataset[sample_id][None])
+            ours = features[name].tokens[row].float()
+            torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)  # float16
+            torch.testing.assert_close(features[name].mean[row], expected.mean(1))
+    _, means, _ = encode_videos(encoders, videos, keep_tokens=False)
+    torch.testing.assert_close(means["still"].mean, features["still"].mean)
+    assert means["still"].tokens.numel() == 0
+
+
+def test_segments_follow_each_other_in_a_view(videos):
+    encoder = small_encoder()
+    dataset, features, _ = encode_videos({"trained": encoder}, videos, [5], segments=3, views=2)
+    tokens, views = features["trained"].tokens, dataset[5]  # (2, 3, 3, 4, 16, 16)
+    assert tokens.shape == (1, 2, 3 * 8, 24)
+    for view in range(2):
+        for segment in range(3):
+            expected = encoder(views[view, segment][None])[0]
+            ours = tokens[0, view, 8 * segment:8 * segment + 8].float()
+            torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_features_beyond_float16_are_an_error(videos):
+    with pytest.raises(DataError, match="exceed the range of float16"):
+        encode_videos({"loud": lambda clips: torch.full((len(clips), 2, 3), 1e5)}, videos)
+
+
+def test_clips_that_are_all_unreadable_are_an_error(videos):
+    with pytest.raises(DataError, match="none of the clips can be read"):
+        encode_videos({"trained": small_encoder()}, videos, [9])
+
+
+def test_a_middle_frame_has_no_motion_and_motion_energy_nothing_else():
+    clips = torch.randn(2, 3, 4, 16, 16)
+    still = probe.middle_frame(clips)
+    torch.testing.assert_close(still, clips[:, :, 2:3].expand_as(clips))
+    assert (probe.motion_energy(still) == 0).all() and (probe.motion_energy(clips) > 0).all()
+    assert probe.motion_energy(clips).shape == (2, 1, 256)
+    assert (probe.motion_energy(clips[:, :, :1]) == 0).all()  # one frame has no differences
+    torch.testing.assert_close(probe.motion_energy(clips), probe.motion_energy(clips + 3),
+                               atol=1e-5, rtol=0)
 
 
 def run(folder, *flags, script="probe.py"):
@@ -209,7 +305,7 @@ def test_the_random_init_encoder_is_the_runs_own_before_training(probed):
     folder = probed[0]
     config = train.Config(**json.loads((folder / "config.json").read_text()))
     start = train.build(config)[0].encoder.state_dict()
-    ours = random_init_encoder(folder).state_dict()
+    ours = random_init_encoder(folder, config.num_frames).state_dict()
     assert all(torch.equal(start[key], ours[key]) for key in start)
     trained = load_encoder(folder, "encoder").state_dict()
     assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], ours["blocks.0.mlp.fc1.weight"])
@@ -224,6 +320,44 @@ def test_only_the_controls_asked_for_are_probed(probed, monkeypatch, capsys):
     assert {name for row in results["motion"].values() for name in row} == {
         "trained", "trained_std", "one_frame", "one_frame_std"}
     assert Path("alone/confusion.png").exists()
+
+
+def test_only_the_probes_asked_for_are_trained(probed, monkeypatch):
+    folder = probed[0]
+    monkeypatch.chdir(folder.parents[1])
+    monkeypatch.setattr(Synthetic, "splits", {"train": 64, "val": 32, "test": 40})
+    monkeypatch.setattr(source, "free_memory", lambda: 0)  # and need no tokens
+    results = probe.main(probe.parse_args(
+        "--probes knn --controls --seeds 1 --label-fraction --out knn --workers 0".split()))
+    assert all(set(probes) == {"knn"} for probes in results.values())
+    with pytest.raises(DataError, match="tokens of .* need .* GB, and half of the free memory"):
+        probe.main(probe.Config(seeds=1, workers=0, out="nothing"))
+    assert not Path("nothing").exists()
+
+
+@pytest.mark.parametrize("split", ["val", "leave-one-group-out"])
+def test_extracted_features_give_the_same_table(split, probed, videos, tmp_path, monkeypatch):
+    checkpoint = str(probed[0])
+    lines = [f"{c}/{i}.mp4,{c},g{i // 3},{'val' if i > 3 else 'train'}"
+             for c in "ab" for i in range(6)]
+    (videos / "list.csv").write_text("\n".join(["path,label,group,split", *lines]))
+    monkeypatch.chdir(tmp_path)
+    common = ["--checkpoint", checkpoint, "--data", str(videos / "list.csv"), "--segments", "2",
+              "--views", "3", "--frame-step", "1", "--workers", "0"]
+    extract.main(["features.npz", *common, "--tokens"])
+    table = ["--split", split, "--seeds", "2", "--label-fraction", "0.5"]
+    directly = probe.main(probe.parse_args([*common, *table, "--controls", "--out", "direct"]))
+    from_file = probe.main(probe.parse_args([*table, "--features", "features.npz"]))
+    assert from_file == directly and set(directly["class"]) == set(probe.PROBES)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "videos", "direct", "features.npz", "probe.json", "confusion.png"}
+
+    extract.main(["means.npz", *common])
+    means = probe.main(probe.parse_args([*table, "--features", "means.npz"]))
+    del directly["class"]["attentive"]  # needs tokens
+    assert means == directly
+    with pytest.raises(ValueError, match="--features cannot be combined with --checkpoint"):
+        probe.main(probe.parse_args([*common, "--features", "means.npz"]))
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -253,10 +387,6 @@ def test_too_many_unreadable_files_end_an_evaluation(videos, tmp_path, monkeypat
         os.truncate(videos / f"a/{i}.mp4", 0)
     with pytest.raises(DataError, match="5 unreadable files, listed above, are more than 5.0%"):
         probe.main(probe.parse_args([*PUBLISHED, "--data", str(videos), "--workers", "0"]))
-
-
-def test_protocols_are_the_published_ones():
-    assert PROTOCOLS == {"k400": (8, 3), "ssv2": (2, 3), "image": (1, 1)}
 
 
 def test_real_video_is_probed_by_groups_and_unreadable_files_are_reported_once(videos, tmp_path):

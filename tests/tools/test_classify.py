@@ -13,6 +13,7 @@ from PIL import Image
 from data import DataError, open_clips
 from probe import AttentiveProbe
 from runtime.loading import BadFiles
+from runtime.source import SourceConfig, read_clips
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
 from tools import classify
@@ -20,6 +21,13 @@ from tools import classify
 ROOT = Path(classify.__file__).parent.parent
 ENCODER, PROBE = (str(GOLDEN / f"reference-{name}.pth.tar") for name in ("vjepa", "probe"))
 PUBLISHED = ["--checkpoint", ENCODER, "--num-heads", "4", "--probe", PROBE, "--workers", "0"]
+
+
+def read(folder):
+    """Batches of all clips in a folder."""
+    dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
+    return read_clips(dataset, range(len(dataset)), BadFiles(4), SourceConfig(workers=0),
+                      torch.device("cpu"))
 
 
 def run(folder, *flags):
@@ -38,8 +46,7 @@ def test_logits_of_a_decoded_clip_are_those_of_its_pixels(lossless):
     clips = torch.from_numpy(pixels).float().permute(0, 4, 1, 2, 3)
     logits = head(encoder(clips)).detach()
 
-    dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
-    probabilities, sample_ids = classify.classify(encoder, head, dataset, BadFiles(4), 2)
+    probabilities, sample_ids = classify.classify(encoder, head, read(folder))
     assert sample_ids == [0, 1]
     torch.testing.assert_close(probabilities.log(), logits.log_softmax(-1), atol=1e-4, rtol=0)
 
@@ -61,7 +68,6 @@ def test_a_published_probe_runs_on_a_list_of_videos(lossless):
     assert f"top-1 {top1:.4f}" in result.stdout
     assert sorted(map(int, rows[0]["top5"].split())) == [0, 1, 2, 3, 4]
     assert Image.open(folder / "results/confusion.png").width > 300
-    assert not (folder / "cache").exists()
 
 
 def test_labels_are_not_needed(lossless, monkeypatch):
@@ -93,15 +99,14 @@ def test_bad_input_is_one_clear_line(flags, says, tmp_path, monkeypatch):
 
 def test_a_probe_for_another_width_is_rejected(lossless):
     folder, _ = lossless
-    dataset = open_clips([str(folder)], num_frames=8, frame_step=1, img_size=32, train=False)
     with pytest.raises(CheckpointError, match="features of 24 channels"):
-        classify.classify(load_encoder(ENCODER, num_heads=4), AttentiveProbe(24, 2, 5), dataset,
-                          BadFiles(4))
+        classify.classify(load_encoder(ENCODER, num_heads=4), AttentiveProbe(24, 2, 5),
+                          read(folder))
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "x.pt"], [*PUBLISHED, "--views", "-1"],
                                    [*PUBLISHED, "--protocol", "imagenet"],
-                                   [*PUBLISHED, "--seeds", "3"], [*PUBLISHED, "--cache", "x"]])
+                                   [*PUBLISHED, "--seeds", "3"]])
 def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as error:
         classify.main(flags)

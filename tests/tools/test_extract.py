@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +11,12 @@ from PIL import Image
 from data import open_clips
 from model import VisionTransformer
 from runtime import weights
-from runtime.loading import BadFiles
+from runtime.source import SourceConfig
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
 from tools import extract
 
+ROOT = Path(extract.__file__).parent.parent
 CLIP = {"num_frames": 4, "frame_step": 1, "img_size": 16}
 PUBLISHED = ["--checkpoint", str(GOLDEN / "reference-vjepa.pth.tar"), "--num-heads", "4",
              "--workers", "0"]
@@ -24,8 +30,8 @@ def test_extracted_features_have_their_paths_labels_and_splits(tmp_path):
             Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(file)
     torch.manual_seed(0)
     encoder, file = VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval(), tmp_path / "features.npz"
-    count = extract.extract(file, encoder, [str(tmp_path / "clips")], CLIP, {}, BadFiles(4),
-                            store=tmp_path / "cache")
+    count = extract.extract(file, encoder, [str(tmp_path / "clips")], CLIP,
+                            {"segments": 1, "views": 1}, SourceConfig(workers=0))
     found = np.load(file)
     assert count == 8 and found["features"].shape == (8, 24)
     assert found["split"].tolist() == ["train"] * 4 + ["val"] * 4
@@ -34,6 +40,49 @@ def test_extracted_features_have_their_paths_labels_and_splits(tmp_path):
     expected = encoder(dataset[3][None]).mean(1)[0].detach()
     assert found["paths"][7] == dataset.paths[3]
     np.testing.assert_allclose(found["features"][7], expected, atol=2e-3)
+
+
+def test_tokens_and_groups_are_written_for_probing(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{c}/{i}.mp4,{c},g{i // 3}" for c in "ab" for i in range(6)]
+    (videos / "list.csv").write_text("\n".join(["path,label,group", *lines]))
+    flags = ["--data", str(videos / "list.csv"), "--views", "3", "--frame-step", "1"]
+    extract.main(["f.npz", *PUBLISHED, *flags, "--tokens"])
+    found = np.load("f.npz")
+    assert found["tokens"].dtype == np.float16 and found["tokens"].shape == (11, 3, 64, 64)
+    np.testing.assert_allclose(found["tokens"].mean(2, dtype=np.float32), found["features"],
+                               atol=2e-3)
+    assert found["groups"].tolist() == ["g0"] * 3 + ["g1"] * 3 + ["g0"] * 3 + ["g1"] * 2
+    assert found["num_heads"] == 4
+    with pytest.raises(ValueError, match="--tokens needs an odd number of --views"):
+        extract.main(["g.npz", *PUBLISHED, "--views", "2", "--tokens"])
+    with pytest.raises(ValueError, match="--tokens needs a file whose name ends in .npz"):
+        extract.main(["g.pt", *PUBLISHED, "--tokens"])
+
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # bytes that a file may have
+runpy.run_module("tools.extract", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.pt", "f.safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(name, lossless):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    folder, _ = lossless
+    (folder / name).write_text("what was there before")
+    before = sorted(folder.iterdir())
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, name, *PUBLISHED, "--data", str(folder)], cwd=folder,
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 1 and result.stderr == (
+        f"error: {name}: not written (File too large)\n")
+    assert (folder / name).read_text() == "what was there before"
+    assert sorted(folder.iterdir()) == before
 
 
 def test_labels_are_not_needed_and_folders_are_made(lossless, monkeypatch, capsys):

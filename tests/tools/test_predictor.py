@@ -82,7 +82,7 @@ def test_labelled_video_is_read_only(videos, tmp_path, monkeypatch):
 
 def test_a_method_without_predicted_features_is_an_error(tmp_path, monkeypatch):
     train_here(tmp_path, monkeypatch, "--steps", "1", module=mae)
-    with pytest.raises(ValueError, match="only runs of --method vjepa"):
+    with pytest.raises(ValueError, match="a run of mae: only those of train.py have a predictor"):
         predictor.main([])
 
 
