@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import probe
 import train
 from baselines import dino, ijepa, mae, masks, no_stop_gradient, videomae, videomae2
 from data import to_device
 from masks import sample_masks
 from tests.runs import FAST
+from tools import predictor
 from video.decode import Batch
 
 GPU = torch.device("cuda:0")
@@ -40,6 +42,12 @@ def built(method):
     return model, Batch(clips, torch.arange(2), [], sample_masks(samplers, [0, 1], seed=0))
 
 
+def to_shape(model):
+    """A clip's (C, T, H, W)."""
+    sizes = zip(model.encoder.grid, model.encoder.tubelet, strict=True)
+    return 3, *(count * size for count, size in sizes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_every_method_computes_its_loss_on_the_device_and_moves_its_target(method, dtype, gpu):
@@ -52,6 +60,27 @@ def test_every_method_computes_its_loss_on_the_device_and_moves_its_target(metho
         assert model.targets(clips).device == GPU
     model.update_target(0.5)
     assert {tensor.device for tensor in model.state_dict().values()} == {GPU}
+
+
+def test_encoding_and_probes_stay_on_the_device(gpu):
+    model, _ = built(train)
+    clips = torch.zeros(2, 3, 2, *to_shape(model), device=GPU)  # (B, V, S, C, T, H, W)
+    tokens = probe.encode_batch(model.target_encoder, clips)
+    assert tokens.device == GPU and tokens.shape[:2] == (2, 3)
+    with torch.device(GPU):
+        attentive = probe.AttentiveProbe(tokens.shape[-1], 2, 5)
+    assert attentive(tokens[:, 0]).device == GPU
+    assert probe.predict(attentive, [tokens]).device == torch.device("cpu")
+    assert probe.middle_frame(clips[:, 0, 0]).device == GPU
+    assert probe.motion_energy(clips[:, 0, 0]).device == torch.device("cpu")  # for MPS
+
+
+def test_read_outs_surprise_and_pictures_stay_on_the_device(gpu):
+    model, batch = built(train)
+    clips, [(context, target), _] = to_device(batch, GPU)
+    predictions, targets = predictor.predict(model, clips, context, target, mask_set=0)
+    assert predictions.device == targets.device == GPU
+    assert predictor.surprise(model, clips, draws=1).device == torch.device("cpu")
 
 
 def test_a_tensor_on_the_cpu_would_be_found(gpu):
