@@ -148,8 +148,12 @@ class VideoClips(Dataset):
         raise DataError(f"sample {sample_id}: 20 files drawn, none can be read; {bad[-1]}")
 
     def centre_clip(self, sample_id):
-        """An evaluation clip, uint8: the middle of the file, or `segments` x `views` crops."""
-        size, resize = self.img_size, partial(resize_short_side, round(self.img_size * 256 / 224))
+        """An evaluation clip, uint8: the middle of the file, or `segments` x `views` crops.
+
+        Several views cover the whole frame, a single one its centre, 224 of 256 pixels.
+        """
+        size, several = self.img_size, self.protocol[1] > 1
+        resize = partial(resize_short_side, size if several else round(size * 256 / 224))
         segments, views = map(positions, self.protocol)
         clips = torch.stack([to_tensor(self.read(sample_id, position, resize))
                              for position in segments])  # (S, 3, T, H, W)

@@ -97,6 +97,15 @@ def test_segments_follow_time_and_views_the_longer_side(tmp_path):
     assert (brightness[2, 1:] > brightness[1, 1:]).all()
 
 
+def test_one_view_is_the_centre_of_the_frame_and_several_cover_it(tmp_path, monkeypatch):
+    path, sides, resize = write_video(tmp_path / "a.mp4"), [], data.resize_short_side
+    monkeypatch.setattr(data, "resize_short_side", lambda side, height, width: (
+        sides.append(side) or resize(side, height, width)))
+    for views in (1, 3):
+        open_small(path, train=False, views=views)[0]
+    assert sides == [round(32 * 256 / 224), 32]
+
+
 def test_synthetic_clips_take_noise_but_no_options_of_files(videos):
     dataset = open_small("synthetic", seed=3, split="val", noise=0.1, fps=0.0, segments=1, views=1)
     assert torch.equal(dataset[5], Synthetic(4, 32, 3, "val", noise=0.1)[5])
