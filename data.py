@@ -10,6 +10,7 @@ flip. A run that is resumed, or that has more processes, therefore sees exactly 
 Finding and decoding files is in video/.
 """
 
+import copy
 import os
 import traceback
 from functools import lru_cache, partial
@@ -49,15 +50,17 @@ class VideoClips(Dataset):
     fps: frames per second, instead of every frame_step-th frame; split: train, val or test, if the
     source names them; weights: how often each path is drawn from; classes: names to number the
     labels by; need_labels: leave out clips without a label; segments, views: in evaluation, clips
-    spread over time and crops over the longer side. If any label is missing, classes is []; if any
-    group is, groups is None. Raises DataError.
+    spread over time and crops over the longer side (centre_only: the one in the middle). If any
+    label is missing, classes is []; if any group is, groups is None. Raises DataError.
     """
 
     def __init__(self, paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, *,
-                 fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1):
+                 fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1,
+                 centre_only=False):
         self.name, self.train, self.seed, self.img_size = " ".join(paths), train, seed, img_size
         self.num_frames, self.frame_step, self.fps = num_frames, frame_step, fps
-        self.protocol = segments, views
+        self.protocol, self.augmentation = (segments, 1 if centre_only else views), None
+        self.whole_frame = views > 1
 
         entries = load_entries(paths)
         if need_labels:
@@ -152,11 +155,16 @@ class VideoClips(Dataset):
 
         Several views cover the whole frame, a single one its centre, 224 of 256 pixels.
         """
-        size, several = self.img_size, self.protocol[1] > 1
-        resize = partial(resize_short_side, size if several else round(size * 256 / 224))
+        size, flip = self.img_size, False
+        crop = partial(resize_short_side, size if self.whole_frame else round(size * 256 / 224))
+        if self.augmentation is not None:
+            rng = np.random.default_rng((2, self.seed, self.augmentation, sample_id))
+            crop = partial(random_resized_crop, rng, size, area=(0.08, 1.0))
+            flip = rng.random() < 0.5
         segments, views = map(positions, self.protocol)
-        clips = torch.stack([to_tensor(self.read(sample_id, position, resize))
-                             for position in segments])  # (S, 3, T, H, W)
+        read = [self.read(sample_id, position, crop) for position in segments]
+        clips = torch.stack([to_tensor(clip[:, :, ::-1] if flip else clip)
+                             for clip in read])  # (S, 3, T, H, W)
         height, width = clips.shape[-2:]
         crops = []
         for position in views:
@@ -165,6 +173,13 @@ class VideoClips(Dataset):
             crops.append(clips[..., y:y + size, x:x + size])
         clips = torch.stack(crops)  # (V, S, 3, T, H, W)
         return clips[0, 0] if self.protocol == (1, 1) else clips
+
+    def augmented(self, epoch):
+        """The same evaluation clips with a random crop of each, 8 to 100 % of the area, and a flip:
+        a function of (seed, epoch, sample id). For training a probe (paper, appendix D)."""
+        clips = copy.copy(self)
+        clips.augmentation = epoch
+        return clips
 
     def labels(self, sample_ids):
         """Labels of evaluation clips: {"class": (B,) int64}, {} without labels."""
@@ -205,6 +220,8 @@ class BatchMaker:
         self.dataset, self.sample_masks = dataset, sample_masks
 
     def make_batch(self, sample_ids):
+        if not len(sample_ids):  # one of several processes may have no clip of a batch
+            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [])
         batch = self.dataset.batch(sample_ids)
         if self.sample_masks and len(batch.sample_ids):
             batch = batch._replace(masks=self.sample_masks(batch.sample_ids))

@@ -11,35 +11,45 @@ few of the labels: attentive (a learned query attends to all tokens), linear (lo
 the mean token), and knn (a vote of the nearest mean tokens). Controls: the encoder with random
 weights; the trained encoder on a single frame, which shows no motion; and differences of successive
 frames, a pixel baseline for motion.
+
+Where all tokens do not fit into memory, clips are encoded anew in every epoch of the attentive
+probes, cropped and flipped at random, by one process per GPU (torchrun probe.py ...). After a kill,
+the same command continues with the epoch that was lost.
 """
 
 import argparse
 import math
+import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import runtime  # noqa: F401 (before torch)
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import DataError
+from data import DataError, epoch_order
 from model import MLP, init_weights
-from runtime import feature_file, report
-from runtime.device import DTYPES, pick_device, pick_precision
+from runtime import feature_file, report, resume
+from runtime.device import (DTYPES, all_gather, gather_rows, pick_device, pick_precision,
+                            rendezvous)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, progress
 from runtime.metrics import accuracy, knn_votes, standardize
-from runtime.source import (SourceConfig, check_memory, open_source, open_splits,
-                            random_init_encoder, read_clips)
+from runtime.source import (SourceConfig, check_memory, memory_of_tokens, open_source, open_splits,
+                            random_init_encoder, read_batches, read_clips, samples_per_batch)
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
 from video.playback import TASKS
 
 PROBES = ["attentive", "linear", "knn"]
 CONTROLS = ["random_init", "one_frame", "motion_energy"]
+EPOCHS, MIN_STEPS = 20, 200  # of an attentive probe: 20 epochs, as published, or more
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,9 @@ class Config(SourceConfig):
     task: list[str] = flag([], "arrow, speed: of playback, without labels", list(TASKS))
     probes: list[str] = flag(PROBES, "which probes to train; attentive needs all tokens", PROBES)
     controls: list[str] = flag(CONTROLS, "what to probe besides the trained encoder", CONTROLS)
+    tokens: str = flag("auto", "keep them in memory, or stream: encode anew every epoch; auto: "
+                       "memory if they fit into half of it", ("auto", "memory", "stream"))
+    augment: bool = flag(True, "random crops and flips of videos (not synthetic) that stream")
 
 
 class CrossAttention(nn.Module):
@@ -139,38 +152,184 @@ class AttentiveProbe(nn.Module):
         return probe.eval()
 
 
-def shuffled_batches(num_clips, seed):
-    """Which clips each step of an attentive probe trains on: a list of index tensors (b,).
+class AttentiveFit:
+    """An attentive probe in training: AdamW, learning rate 1e-3 with a cosine to 0, weight decay
+    0.01. As published, the last step's weights are kept, so no labels need to be held out.
 
-    20 epochs, as published, but at least 200 steps.
+    ids (n,): the clips it trains on, of all with labels (m,).
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(64, num_clips)
-    steps = num_clips // size  # per epoch
-    return [batch for _ in range(max(20, math.ceil(200 / steps)))
-            for batch in torch.randperm(num_clips, generator=generator).split(size)[:steps]]
+
+    def __init__(self, ids, labels, embed_dim, num_heads, num_classes, seed=0, device="cpu"):
+        self.ids, self.labels, self.device = ids, labels, device
+        self.batch_size = min(64, len(ids))
+        self.steps = len(ids) // self.batch_size  # per epoch
+        self.epochs = max(EPOCHS, math.ceil(MIN_STEPS / self.steps))
+        torch.manual_seed(seed)
+        self.probe = AttentiveProbe(embed_dim, num_heads, num_classes, init_std=None).to(device)
+        # The key and value matrices can absorb norm1's scale and shift. If these are not trained,
+        # no gradient has to reach the tokens, and a step takes a third less time.
+        block = self.probe.pooler.cross_attention_block
+        block.norm1.requires_grad_(False)
+        block.xattn.proj.requires_grad_(False)  # never applied
+        self.trained = [p for p in self.probe.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, weight_decay=0.01, fused=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, self.epochs * self.steps)
+
+    def batches(self, epoch):
+        """Which clips each step of an epoch trains on: index tensors (batch_size,).
+
+        The order of all clips depends on nothing but the epoch, so that one pass over them serves
+        all probes, whichever clips they train on.
+        """
+        order = torch.from_numpy(epoch_order(0, epoch, len(self.labels)))
+        own = torch.zeros(len(order), dtype=torch.bool)
+        own[self.ids] = True
+        return order[own[order]].split(self.batch_size)[:self.steps]
+
+    def add(self, tokens, ids):
+        """Add the gradients of a batch, or of a part of one: tokens (b, N, D) of clips ids (b,)."""
+        logits = self.probe(tokens.to(self.device, torch.float32))
+        loss = F.cross_entropy(logits, self.labels[ids].to(self.device), reduction="sum")
+        (loss / self.batch_size).backward()
+
+    def step(self):
+        """Change the weights, when the gradients of a batch are complete, in all processes."""
+        if dist.is_initialized():
+            for parameter in self.trained:
+                if parameter.grad is None:  # this process had none of the batch's clips
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in (self.probe, self.optimizer, self.schedule)]
+
+    def load_state_dict(self, state):
+        for part, saved in zip((self.probe, self.optimizer, self.schedule), state, strict=True):
+            part.load_state_dict(saved)
 
 
-def fit_attentive(batches, steps, embed_dim, num_heads, num_classes, seed=0, device="cpu"):
-    """Train an attentive probe: AdamW, learning rate 1e-3 with a cosine to 0, weight decay 0.01.
+def fit_attentive(fit, tokens):
+    """Train a probe on tokens that are in memory: an AttentiveFit, (m, N, D) -> AttentiveProbe."""
+    for epoch in range(fit.epochs):
+        for batch in fit.batches(epoch):
+            fit.add(tokens[batch], batch)
+            fit.step()
+    return fit.probe.eval()
 
-    batches: `steps` pairs of tokens (b, N, D) and labels (b,). As published, the last step's
-    weights are kept, so no labels need to be held out.
+
+def train_epoch(fits, encoders, dataset, sample_ids, epoch, bad_files, config, device):
+    """Train attentive probes for an epoch on clips that are encoded anew, of which nothing is kept.
+
+    Reading and encoding take nearly all of the time, so every encoded clip is handed to all probes.
+    A probe whose batch is not complete only adds up gradients; it gets the same weights as from
+    tokens in memory. With several processes, each encodes its share of the clips of every step.
+    fits: {(encoder's name, ...): AttentiveFit}; sample_ids: of all clips, int64 (m,), ascending.
     """
-    torch.manual_seed(seed)
-    probe = AttentiveProbe(embed_dim, num_heads, num_classes, init_std=None).to(device)
-    # The key and value matrices can absorb norm1's scale and shift. If these are not trained, no
-    # gradient has to reach the tokens, and a step takes a third less time.
-    probe.pooler.cross_attention_block.norm1.requires_grad_(False)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for tokens, labels in batches:
-        loss = F.cross_entropy(probe(tokens.to(device, torch.float32)), labels.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return probe.eval()
+    rank, world_size = process()
+    fits = {key: fit for key, fit in fits.items() if epoch < fit.epochs}
+    batch_of = {}  # per probe, the batch that a clip belongs to; -1: none
+    for key, fit in fits.items():
+        batch_of[key] = torch.full((len(sample_ids),), -1)
+        for number, batch in enumerate(fit.batches(epoch)):
+            batch_of[key][batch] = number
+    needed = torch.stack(list(batch_of.values())).amax(0) >= 0
+    order = torch.from_numpy(epoch_order(0, epoch, len(sample_ids)))
+    chunks = order[needed[order]].split(world_size * samples_per_batch(dataset, config))
+    batches = [sample_ids[chunk[rank::world_size]].tolist() for chunk in chunks]
+    read = read_batches(dataset, batches, bad_files, config, device, f"epoch {epoch + 1}")
+
+    seen = dict.fromkeys(fits, 0)  # clips of the current batch, by all processes
+    for chunk, (read_ids, clips) in zip(chunks, read, strict=True):
+        ids = torch.searchsorted(sample_ids, torch.tensor(read_ids, dtype=torch.int64))
+        for name in dict.fromkeys(name for name, *_ in fits):
+            if read_ids:  # a process may have no clip of a chunk
+                tokens = to_float16(encode_batch(encoders[name], clips))[:, 0]  # (b, N, D)
+            for key, fit in fits.items():
+                if key[0] != name:
+                    continue
+                numbers = batch_of[key][chunk]
+                for number in numbers[numbers >= 0].unique():
+                    part = (batch_of[key][ids] == number).nonzero()[:, 0]
+                    if len(part):
+                        fit.add(tokens[part.to(device)], ids[part])
+                    seen[key] += int((numbers == number).sum())
+                    if seen[key] == fit.batch_size:  # in all processes at the same time
+                        fit.step()
+                        seen[key] = 0
+
+
+@torch.no_grad()
+def predict_stream(fits, folds, encoders, dataset, sample_ids, bad_files, config, device):
+    """Encode test clips and predict their classes with all probes: {key: {"attentive": (m,)}}.
+
+    folds: of each the train_ids and test_ids; a key ends with the number of its fold. Others as in
+    train_epoch. Raises DataError if a file has become unreadable.
+    """
+    rank, world_size = process()
+    predicted = torch.full((len(fits), len(sample_ids)), -1, device=device)
+    is_test = [torch.zeros(len(sample_ids), dtype=torch.bool) for _ in folds]
+    for mask, (_, test_ids) in zip(is_test, folds, strict=True):
+        mask[test_ids] = True
+    own_ids = sample_ids[rank::world_size].tolist()
+    for read_ids, clips in read_clips(dataset, own_ids, bad_files, config, device, "predicting"):
+        ids = torch.searchsorted(sample_ids, torch.tensor(read_ids))
+        for name in dict.fromkeys(name for name, *_ in fits):
+            tokens = to_float16(encode_batch(encoders[name], clips))  # (b, V, N, D)
+            for row, (key, fit) in zip(predicted, fits.items(), strict=True):
+                part = is_test[key[-1]][ids].nonzero()[:, 0]
+                if key[0] == name and len(part):
+                    scores = predict(fit.probe, [tokens[part.to(device)]])
+                    row[ids[part].to(device)] = scores.argmax(1).to(device)
+    if world_size > 1:
+        dist.all_reduce(predicted, dist.ReduceOp.MAX)  # a clip is -1 where it was not encoded
+    found = {key: row[folds[key[-1]][1]] for key, row in zip(fits, predicted.cpu(), strict=True)}
+    if any((classes < 0).any() for classes in found.values()):
+        raise DataError("test clips, listed above, have become unreadable during the evaluation")
+    return {key: {"attentive": classes} for key, classes in found.items()}
+
+
+def attentive_fits(train, labels, class_names, fractions, seeds, folds, num_heads, device):
+    """The attentive probes of an evaluation, untrained: {(encoder, task, fraction, seed, fold):
+    AttentiveFit}. Motion energy gets none; others as in main."""
+    fits = {}
+    for name in train:
+        if name == "motion_energy":
+            continue
+        for task, names in class_names.items():
+            for fraction in fractions if name in report.LEARNERS else [1.0]:
+                for seed in range(seeds):
+                    for fold, (rows, _) in enumerate(folds):
+                        generator = torch.Generator().manual_seed(seed)
+                        subset = balanced_subset(labels[task][rows], fraction, generator)
+                        fits[name, task, fraction, seed, fold] = AttentiveFit(
+                            rows[subset], labels[task], train[name].mean.shape[-1], num_heads,
+                            len(names), seed, device)
+    return fits
+
+
+def identity(config, encoder, clip_options, *splits):
+    """What an evaluation's progress depends on; splits: pairs of a data set and its sample ids."""
+    free = ("checkpoint", "data", "test_data", "out", "batch_size", "max_bad", "workers", "device",
+            "tokens")
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    clips = [resume.digest(dataset.labels(sample_ids).values(), map(dataset.path, sample_ids))
+             for dataset, sample_ids in splits]
+    return {"configuration": settings | clip_options, "list of clips": clips,
+            "encoder": resume.digest(encoder.state_dict().values())}
+
+
+def output_folder(config, path):
+    """Where results go: beside the checkpoint, or into --out."""
+    return Path(config.out or (path if path.is_dir() else path.parent))
+
+
+def process():
+    """Rank of this process, and number of processes."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @torch.no_grad()
@@ -232,30 +391,32 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
     """
     generator = torch.Generator().manual_seed(seed)
     ids = train_ids[balanced_subset(labels[train_ids], fraction, generator)]
-    labels, centre = labels[ids], train.mean.shape[1] // 2
-    fit, val = split_for_validation(labels, generator)
+    fit, val = split_for_validation(labels[ids], generator)
+    centre = train.mean.shape[1] // 2
     mean, mean_test = standardize(train.mean[ids, centre], test.mean[test_ids])  # (n, D) (m, V, D)
     predicted = {}
 
     if "attentive" in probes and train.tokens.shape[2] > 1:
-        batches = shuffled_batches(len(ids), seed)
-        probe = fit_attentive(((train.tokens[ids[i], centre], labels[i]) for i in batches),
-                              len(batches), mean.shape[-1], num_heads, num_classes, seed, device)
+        probe = fit_attentive(AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes,
+                                           seed, device), train.tokens[:, centre])
         scores = predict(probe, (test.tokens[part] for part in test_ids.split(64)))
         predicted["attentive"] = scores.argmax(1)
 
+    # These need no tokens. With CUDA they run there: LBFGS on Kinetics takes a CPU hours.
+    place = device if torch.device(device).type == "cuda" else "cpu"
+    mean, mean_test, labels = mean.to(place), mean_test.to(place), labels[ids].to(place)
     if "linear" in probes:
         decays = {decay: fit_linear(mean[fit], labels[fit], decay, num_classes)(mean[val])
                   for decay in (1e-1, 1e-2, 1e-3, 1e-4)}
         best = max(decays, key=lambda decay: accuracy(decays[decay].argmax(1), labels[val]))
         scores = fit_linear(mean, labels, best, num_classes)(mean_test).mean(1)  # over views
-        predicted["linear"] = scores.argmax(1)
+        predicted["linear"] = scores.argmax(1).cpu()
 
     if "knn" in probes:
         best = max((20, 10, 5, 3), key=lambda k: accuracy(
             knn_scores(mean[fit], labels[fit], mean[val], k).argmax(1), labels[val]))
         votes = knn_scores(mean, labels, mean_test.flatten(0, 1), best)
-        predicted["knn"] = votes.unflatten(0, mean_test.shape[:2]).sum(1).argmax(1)
+        predicted["knn"] = votes.unflatten(0, mean_test.shape[:2]).sum(1).argmax(1).cpu()
     return predicted
 
 
@@ -294,6 +455,13 @@ def encode_batch(encoder, clips):
     return tokens.unflatten(0, clips.shape[:3]).flatten(2, 3)
 
 
+def to_float16(tokens):
+    """Half of the memory. Raises DataError if the values do not fit."""
+    if tokens.abs().max() > torch.finfo(torch.float16).max:
+        raise DataError("features exceed the range of float16: is this encoder trained?")
+    return tokens.half()
+
+
 def encode(encoders, batches, num_clips, keep_tokens=True):
     """Encode clips with all encoders -> {name: Features}, and a list of the clips' sample ids.
 
@@ -306,8 +474,7 @@ def encode(encoders, batches, num_clips, keep_tokens=True):
         encoded_ids += sample_ids
         for name, encoder in encoders.items():
             tokens = encode_batch(encoder, clips)
-            if tokens.abs().max() > torch.finfo(torch.float16).max:
-                raise DataError("features exceed the range of float16: is this encoder trained?")
+            half = to_float16(tokens)
             if name not in features:  # now the shape of its tokens is known
                 _, V, N, D = tokens.shape
                 features[name] = Features(
@@ -315,11 +482,26 @@ def encode(encoders, batches, num_clips, keep_tokens=True):
                     torch.empty(num_clips, V, D))
             features[name].mean[rows] = tokens.mean(2).cpu()
             if keep_tokens:
-                features[name].tokens[rows] = tokens.cpu()
+                features[name].tokens[rows] = half.cpu()
     if not encoded_ids:
         raise DataError("none of the clips can be read")
     return {name: Features(kept.tokens[:len(encoded_ids)], kept.mean[:len(encoded_ids)])
             for name, kept in features.items()}, encoded_ids
+
+
+def gather(features, encoded_ids, device):
+    """Means of the clips that all processes have encoded, in the order of their sample ids."""
+    if not dist.is_initialized():
+        return features, encoded_ids
+    ids = gather_rows([torch.tensor(encoded_ids)], device).cpu()
+    order = ids.argsort()
+    return {name: only_mean(gather_rows([kept.mean], device).cpu()[order])
+            for name, kept in features.items()}, ids[order].tolist()
+
+
+def only_mean(mean):
+    """Features whose tokens were not kept: mean (n, V, D)."""
+    return Features(mean[:, :, None, :][:, :, :0], mean)
 
 
 def positions(encoded_ids, sample_ids):
@@ -335,8 +517,11 @@ def main(config):
     -> {task: {probe: {column: accuracy}}}. Raises ValueError, DataError or CheckpointError.
     """
     check(config)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
-    keep_tokens = "attentive" in config.probes
+    rank, world_size = process()
+    streaming = config.tokens == "stream" or world_size > 1
+    attentive = "attentive" in config.probes
+    if streaming and (config.features or config.tokens == "memory"):
+        raise ValueError("--features and --tokens memory are for one process, without streaming")
 
     if config.features:
         # One file has the features of all clips, those to train and those to test the probes.
@@ -346,9 +531,11 @@ def main(config):
         path, data, device = Path(config.features), [], pick_device(config.device)
         file = feature_file.read(path)
         folds = feature_file.split_folds(file, config.split, path)
-        train = test = {"trained": Features(file.tokens, file.mean)}
-        train_ids = test_ids = range(len(file.mean))
-        train_labels = test_labels = file.labels
+        train_ids = sorted({i for ids, _ in folds for i in ids})
+        test_ids, test_labels = range(len(file.mean)), file.labels
+        test = {"trained": Features(file.tokens, file.mean)}
+        train = {"trained": Features(file.tokens[train_ids], file.mean[train_ids])}
+        train_labels = {task: labels[train_ids] for task, labels in file.labels.items()}
         class_names, num_heads = file.class_names, file.num_heads
     else:
         # Which encoder, and which clips train and test the probes: once, or in several folds.
@@ -371,37 +558,102 @@ def main(config):
         if "motion_energy" in config.controls:
             encoders["motion_energy"] = motion_energy
 
-        # Every clip is decoded and encoded once, and the features stay in memory.
+        # Streaming may take hours: what is done is in a file, from which the same command goes on.
         train_ids = sorted({i for ids, _ in folds for i in ids})
         test_ids = sorted({i for _, ids in folds for i in ids})
-        if keep_tokens:
-            count = protocol["segments"] * (len(train_ids) + protocol["views"] * len(test_ids))
+        if world_size > min(len(train_ids), len(test_ids)):
+            raise ValueError(f"there are fewer clips than {world_size} processes")
+        if world_size > 1:  # a day: some processes may read much faster than others
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank,
+                                    world_size=world_size, store=rendezvous(),
+                                    timeout=timedelta(days=1))
+        progress_file, saved = output_folder(config, path) / "probe-progress.pt", None
+        made_with = identity(config, encoder, clip_options | protocol, (train_set, train_ids),
+                             (test_set, test_ids))
+        if config.tokens != "memory":
+            saved = resume.load(progress_file, made_with)
+        if len(set(all_gather(saved and saved["epoch"]))) > 1:
+            raise DataError(f"{progress_file}: all machines must share this file")
+
+        # Do all tokens fit into memory? Else only their means are kept.
+        count = protocol["segments"] * (len(train_ids) + protocol["views"] * len(test_ids))
+        if attentive and config.tokens == "memory":
             check_memory(encoders, clip_options, count, device)
+        elif attentive and not streaming:
+            needed, available = memory_of_tokens(encoders, clip_options, count, device)
+            streaming = bool(saved) or needed > available
+        if streaming:
+            print(f"streaming: continues after epoch {saved['epoch']}" if saved else
+                  f"streaming: after a kill, the same command continues from {progress_file}",
+                  flush=True)
         bad_files = BadFiles(len(train_ids) + len(test_ids), config.max_bad)
-        clips = read_clips(train_set, train_ids, bad_files, config, device, "encoding train clips")
-        train, train_ids = encode(encoders, clips, len(train_ids), keep_tokens)
-        clips = read_clips(test_set, test_ids, bad_files, config, device, "encoding test clips")
-        test, test_ids = encode(encoders, clips, len(test_ids), keep_tokens)
-        bad_files.summary()
+
+        # Every clip is decoded and encoded once, and the features stay in memory.
+        if saved:
+            state, train_ids, test_ids = saved, saved["train_ids"], saved["test_ids"]
+            train, test = ({name: only_mean(mean) for name, mean in saved[split].items()}
+                           for split in ("train", "test"))
+        else:
+            keep_tokens = attentive and not streaming
+            own_ids = train_ids[rank::world_size]
+            clips = read_clips(train_set, own_ids, bad_files, config, device, "encoding clips")
+            train, train_ids = gather(*encode(encoders, clips, len(own_ids), keep_tokens), device)
+            own_ids = test_ids[rank::world_size]
+            clips = read_clips(test_set, own_ids, bad_files, config, device, "encoding test clips")
+            test, test_ids = gather(*encode(encoders, clips, len(own_ids), keep_tokens), device)
+            bad_files.paths = set().union(*all_gather(bad_files.paths))
+            bad_files.tried = sum(all_gather(bad_files.tried))
+            bad_files.summary()
+            state = {"made_with": made_with, "epoch": 0, "fits": [],
+                     "train_ids": train_ids, "train": {name: train[name].mean for name in train},
+                     "test_ids": test_ids, "test": {name: test[name].mean for name in test}}
+            if streaming and rank == 0:
+                resume.save(progress_file, state)
         train_labels, test_labels = train_set.labels(train_ids), test_set.labels(test_ids)
 
-    # All probes: every encoder and task, with all labels and, for encoders with weights of their
-    # own, with few, for every seed and fold.
     folds = [(positions(train_ids, fit_ids), positions(test_ids, held_out_ids))
              for fit_ids, held_out_ids in folds]
     fractions = sorted({1.0, *config.label_fraction}, reverse=True)
+
+    # Attentive probes whose tokens are not in memory: one epoch of all of them after the other.
+    streamed = {}  # {(encoder, task, fraction, seed, fold): {"attentive": predicted classes}}
+    if streaming and attentive:
+        fits = attentive_fits(train, train_labels, class_names, fractions, config.seeds, folds,
+                              num_heads, device)
+        for fit, saved_fit in zip(fits.values(), state["fits"] or [None] * len(fits), strict=True):
+            if saved_fit:  # none before the first epoch
+                fit.load_state_dict(saved_fit)
+        for epoch in range(state["epoch"], max(fit.epochs for fit in fits.values())):
+            clips = train_set.augmented(epoch) if config.augment else train_set
+            train_epoch(fits, encoders, clips, torch.tensor(train_ids), epoch, bad_files, config,
+                        device)
+            state |= {"epoch": epoch + 1, "fits": [fit.state_dict() for fit in fits.values()]}
+            if rank == 0:
+                resume.save(progress_file, state)
+        streamed = predict_stream(fits, folds, encoders, test_set, torch.tensor(test_ids),
+                                  bad_files, config, device)
+    if world_size > 1:
+        dist.destroy_process_group()
+        if rank:
+            return None  # the first process does the rest, which needs no encoder
+
+    # All probes: every encoder and task, with all labels and, for encoders with weights of their
+    # own, with few, for every seed and fold.
     scores = {}  # {(task, probe, column of the table): accuracies (seeds, folds)}
     confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
                  for task, names in class_names.items()}  # row: true class
     for name in progress(train, "probing", len(train)):
+        probes = [probe for probe in config.probes
+                  if probe != "attentive" or name != "motion_energy"]
         for task, names in class_names.items():
             for fraction in fractions if name in report.LEARNERS else [1.0]:
                 column = report.column(name, fraction)
                 for seed in range(config.seeds):
                     for fold, (train_rows, test_rows) in enumerate(folds):
-                        predicted = fit_probes(
+                        found = streamed.get((name, task, fraction, seed, fold), {})
+                        predicted = found | fit_probes(
                             train[name], train_rows, train_labels[task], test[name], test_rows,
-                            len(names), num_heads, fraction, seed, config.probes, device)
+                            len(names), num_heads, fraction, seed, probes, device)
                         labels = test_labels[task][test_rows]
                         for probe, classes in predicted.items():
                             table = scores.setdefault((task, probe, column),
@@ -412,9 +664,12 @@ def main(config):
                                                        torch.tensor(1), accumulate=True)
 
     # Tables, probe.json and confusion.png.
-    folder = Path(config.out or (path if path.is_dir() else path.parent))
-    return report.write(folder, scores, confusion, class_names, config.label_fraction,
-                        asdict(config) | {"checkpoint": str(path), "data": data})
+    results = report.write(output_folder(config, path), scores, confusion, class_names,
+                           config.label_fraction,
+                           asdict(config) | {"checkpoint": str(path), "data": data})
+    if streaming:
+        progress_file.unlink()
+    return results
 
 
 def parse_args(arguments=None):
@@ -424,8 +679,14 @@ def parse_args(arguments=None):
     return parse(parser, Config, arguments)[0]
 
 
-if __name__ == "__main__":
+def cli():
+    """Evaluate what the command line asks for."""
     try:
-        main(parse_args())
+        with redirect_stdout(None if process()[0] else sys.stdout):  # only the first process prints
+            main(parse_args())
     except (ValueError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()

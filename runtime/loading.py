@@ -20,7 +20,10 @@ def evenly_spaced(total, most):
 
 def progress(items, title, total, size=lambda item: 1):
     """Iterate, and show how much of `total` is done: in a bar, or, without a terminal, in a line a
-    minute; size: how much an item counts."""
+    minute; size: how much an item counts. Of several processes only the first one shows it."""
+    if os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
     done, last = 0, time.monotonic()
     with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
         for item in items:

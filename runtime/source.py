@@ -1,5 +1,6 @@
 """What is evaluated: the encoder of a checkpoint, the clips that it sees, and their splits."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
         return Playback(clips, tasks) if tasks else clips
 
     leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train")
+    train = open_split(None if leave_out or test_data else "train", views=views, centre_only=True)
     ids = range(len(train))
     if not leave_out and split not in ("test", "val", *train.splits):
         raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "
@@ -157,33 +158,50 @@ class FrameByFrame(nn.Module):
         return (tokens + self.times[:, None]).flatten(1, 2)  # (B, T * N, D)
 
 
-def read_clips(dataset, sample_ids, bad_files, config, device, title=None):
-    """Read clips ahead, report unreadable files and show progress.
+def samples_per_batch(dataset, config):
+    """How many samples are encoded at a time: each has segments x views clips."""
+    return max(1, config.batch_size // math.prod(getattr(dataset, "protocol", (1, 1))))
 
-    bad_files: a loading.BadFiles; config: a SourceConfig; title: of the progress bar. Yields a list
-    of sample ids and their normalized clips (B, V, S, C, T, H, W) on the device. Raises DataError.
+
+def read_batches(dataset, batches, bad_files, config, device, title=None):
+    """Read batches of clips ahead, report unreadable files and show progress.
+
+    batches: lists of sample ids; bad_files: a loading.BadFiles; config: a SourceConfig; title: of
+    the progress bar. Yields for each batch the sample ids that could be read, and their normalized
+    clips (B, V, S, C, T, H, W) on the device; B may be 0. Raises DataError.
     """
-    segments, views = getattr(dataset, "protocol", (1, 1))
-    size = max(1, config.batch_size // (segments * views))  # a sample has as many clips
-    batches = [list(sample_ids[i:i + size]) for i in range(0, len(sample_ids), size)]
-    loaded = loader(dataset, batches, num_workers(config.workers))
-    for batch in progress(loaded, title, len(sample_ids), lambda batch: len(batch.sample_ids)):
+    loaded, total = loader(dataset, batches, num_workers(config.workers)), sum(map(len, batches))
+    for batch in progress(loaded, title, total, lambda batch: len(batch.sample_ids)):
         bad_files.report(batch)
-        if len(batch.sample_ids):
-            clips = normalize(batch.clips.to(device))
-            clips = clips if clips.ndim == 7 else clips[:, None, None]
-            yield batch.sample_ids.tolist(), clips
+        clips = normalize(batch.clips.to(device))
+        yield batch.sample_ids.tolist(), clips if clips.ndim == 7 else clips[:, None, None]
+
+
+def read_clips(dataset, sample_ids, bad_files, config, device, title=None):
+    """read_batches of clips one after the other, without batches of which nothing could be read."""
+    size = samples_per_batch(dataset, config)
+    batches = [list(sample_ids[i:i + size]) for i in range(0, len(sample_ids), size)]
+    for read_ids, clips in read_batches(dataset, batches, bad_files, config, device, title):
+        if read_ids:
+            yield read_ids, clips
 
 
 @torch.no_grad()
+def memory_of_tokens(encoders, clip_options, count, device):
+    """Bytes that the tokens of `count` clips by all encoders need, as float16, and how many there
+    are for them: half of the free memory."""
+    size = clip_options["img_size"]
+    clip = torch.zeros(1, 3, clip_options["num_frames"], size, size, device=device)
+    needed = count * sum(2 * encoder(clip).numel() for encoder in encoders.values())
+    return needed, free_memory() / 2
+
+
 def check_memory(encoders, clip_options, count, device):
     """Raise DataError if the tokens of `count` clips by all encoders do not fit into half of the
     free memory. To be called before anything is encoded."""
-    size = clip_options["img_size"]
-    clip = torch.zeros(1, 3, clip_options["num_frames"], size, size, device=device)
-    needed = count * sum(2 * encoder(clip).numel() for encoder in encoders.values())  # float16
-    if needed > (free := free_memory()) / 2:
+    needed, available = memory_of_tokens(encoders, clip_options, count, device)
+    if needed > available:
         raise DataError(
             f"the tokens of {count} clips by {len(encoders)} encoder(s) need {needed / 1e9:.3g} GB,"
-            f" and half of the free memory is {free / 2e9:.3g} GB: take fewer clips, fewer "
+            f" and half of the free memory is {available / 1e9:.3g} GB: take fewer clips, fewer "
             "--controls, or --probes linear knn, which need only the mean of a clip's tokens")

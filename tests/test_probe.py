@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -126,12 +127,23 @@ def test_validation_clips_are_a_fifth_of_each_class_and_apart_from_the_rest():
 
 
 def test_every_epoch_trains_on_all_clips_in_a_new_order():
-    batches = probe.shuffled_batches(130, seed=0)
-    assert len(batches) == 200 and {len(batch) for batch in batches} == {64}
-    first, second = (torch.cat(batches[i:i + 2]).tolist() for i in (0, 2))
+    fit = probe.AttentiveFit(torch.arange(130), torch.zeros(200), 4, 1, 2)
+    first, second = (fit.batches(epoch) for epoch in (0, 1))
+    assert [len(batch) for batch in (*first, *second)] == [64, 64, 64, 64] and fit.epochs == 100
+    first, second = (torch.cat(batches).tolist() for batches in (first, second))
     assert len(set(first)) == len(set(second)) == 128 and first != second
-    assert len(probe.shuffled_batches(6400, seed=0)) == 20 * 100
-    assert all(len(batch.unique()) == 3 for batch in probe.shuffled_batches(3, seed=0))
+    assert {*first, *second} <= set(range(130))
+    many, few = (probe.AttentiveFit(torch.arange(n), torch.zeros(n), 4, 1, 2) for n in (6400, 3))
+    assert many.epochs == 20 and len(many.batches(0)) == 100
+    assert few.epochs == 200 and [sorted(batch.tolist()) for batch in few.batches(0)] == [[0, 1, 2]]
+
+
+def test_probes_see_clips_in_one_order_whichever_they_train_on():
+    labels = torch.zeros(200)
+    everything, some = (probe.AttentiveFit(ids, labels, 4, 1, 2)
+                        for ids in (torch.arange(200), torch.arange(70, 150)))
+    order, others = (torch.cat(fit.batches(3)).tolist() for fit in (everything, some))
+    assert [i for i in order if i in others] == [i for i in others if i in order]
 
 
 def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
@@ -155,16 +167,13 @@ def test_every_probe_fits_all_labels_and_no_other(monkeypatch):
     """Whatever is held out to choose hyper-parameters is fitted in the end."""
     labels, used = torch.arange(200) % 2, torch.arange(40, 140)
     features, seen = probe.Features(torch.randn(200, 1, 3, 4).half(), torch.randn(200, 1, 4)), []
-    fit_attentive = probe.fit_attentive
+    add = probe.AttentiveFit.add
 
-    def watched(batches, *arguments):
-        def watch():
-            for tokens, classes in batches:
-                seen.append(tokens)
-                yield tokens, classes
-        return fit_attentive(watch(), *arguments)
+    def watched(self, tokens, ids):
+        seen.append(tokens)
+        add(self, tokens, ids)
 
-    monkeypatch.setattr(probe, "fit_attentive", watched)
+    monkeypatch.setattr(probe.AttentiveFit, "add", watched)
     probe.fit_probes(features, used, labels, features, torch.arange(5), 2, 1)
     first = {tuple(clip.flatten().tolist()) for clip in torch.cat(seen)}
     assert first == {tuple(clip.flatten().tolist()) for clip in features.tokens[used, 0]}
@@ -183,9 +192,8 @@ def test_the_softmax_is_averaged_over_views():
     labels = torch.arange(100) % 2
     tokens = torch.randn(100, 1, 3, 4, generator=generator)
     tokens[..., 0] += 6 * labels[:, None, None]
-    batches = probe.shuffled_batches(100, seed=0)
-    fitted = probe.fit_attentive(((tokens[ids, 0], labels[ids]) for ids in batches), len(batches),
-                                 4, 1, 2)
+    fit = probe.AttentiveFit(torch.arange(100), labels, 4, 1, 2)
+    fitted = probe.fit_attentive(fit, tokens[:, 0])
     both = torch.stack([tokens[:2, 0], tokens[1:3, 0]], dim=1)  # clips 0 and 1, then 1 and 2
     alone = probe.predict(fitted, [tokens[:2], tokens[2:3]])
     torch.testing.assert_close(probe.predict(fitted, [both]), (alone[:2] + alone[1:]) / 2)
@@ -331,7 +339,7 @@ def test_only_the_probes_asked_for_are_trained(probed, monkeypatch):
         "--probes knn --controls --seeds 1 --label-fraction --out knn --workers 0".split()))
     assert all(set(probes) == {"knn"} for probes in results.values())
     with pytest.raises(DataError, match="tokens of .* need .* GB, and half of the free memory"):
-        probe.main(probe.Config(seeds=1, workers=0, out="nothing"))
+        probe.main(probe.Config(seeds=1, workers=0, out="nothing", tokens="memory"))
     assert not Path("nothing").exists()
 
 
@@ -403,3 +411,125 @@ def test_real_video_is_probed_by_groups_and_unreadable_files_are_reported_once(v
     content = json.loads((tmp_path / "runs/real/probe.json").read_text())
     row = content["results"]["class"]["linear"]
     assert 0 <= row["trained"] <= 1 and row["trained_folds_std"] >= 0
+
+
+def cut(path, **options):
+    """The test videos as a data set, without the unreadable one, and their sample ids."""
+    dataset = open_clips([str(path)], 4, 1, 16, train=False, **options)
+    return dataset, torch.tensor([i for i in range(12) if i != 9])
+
+
+def test_streaming_gives_the_weights_of_tokens_in_memory(videos, monkeypatch):
+    """Also of probes that train on other clips, for more epochs, or on another encoder."""
+    monkeypatch.setattr(probe, "MIN_STEPS", 24)
+    dataset, sample_ids = cut(videos, segments=2)
+    encoder, config = small_encoder(), SourceConfig(workers=0, batch_size=6)  # 3 clips at a time
+    encoders = {"trained": encoder, "still": lambda clips: encoder(probe.middle_frame(clips))}
+    clips = read_clips(dataset, sample_ids.tolist(), BadFiles(12), config, torch.device("cpu"))
+    features, _ = probe.encode(encoders, clips, 11)
+    labels = dataset.labels(sample_ids)["class"]
+    parts = {("trained", 0): range(11), ("trained", 1): range(1, 11, 2), ("still", 0): range(4, 9)}
+
+    def fits():
+        made = {(name, seed): probe.AttentiveFit(torch.tensor(part), labels, 24, 2, 2, seed)
+                for (name, seed), part in parts.items()}
+        made["trained", 1].batch_size, made["trained", 1].steps = 2, 2  # other steps, other epochs
+        made["trained", 1].epochs = 12
+        return made
+    streamed, in_memory = fits(), fits()
+    for epoch in range(max(fit.epochs for fit in streamed.values())):
+        probe.train_epoch(streamed, encoders, dataset, sample_ids, epoch, BadFiles(12), config,
+                          torch.device("cpu"))
+    for (name, seed), fit in in_memory.items():
+        expected = probe.fit_attentive(fit, features[name].tokens[:, 0]).state_dict()
+        start = fits()[name, seed].probe.state_dict()
+        assert not torch.equal(start["linear.weight"], expected["linear.weight"])
+        ours = streamed[name, seed].probe.state_dict()
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_only_clips_that_a_probe_needs_are_encoded(videos):
+    dataset, sample_ids = cut(videos)
+    seen, labels = [], dataset.labels(sample_ids)["class"]
+    encoder = small_encoder()
+    fits = {("trained",): probe.AttentiveFit(torch.tensor([2, 9]), labels, 24, 2, 2)}
+    probe.train_epoch(fits, {"trained": lambda clips: seen.append(len(clips)) or encoder(clips)},
+                      dataset, sample_ids, 0, BadFiles(12), SourceConfig(workers=0),
+                      torch.device("cpu"))
+    assert seen == [2]
+
+
+def list_of(videos, count):
+    """A list of readable videos with `count` lines of training clips and 6 of test clips."""
+    names = [f"{c}/{i}.mp4,{c}" for c in "ab" for i in range(6) if (c, i) != ("b", 3)]
+    lines = [f"{names[i % 11]},{split}" for split, n in (("train", count), ("test", 6))
+             for i in range(n)]
+    (videos / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    return str(videos / "list.csv")
+
+
+STREAM = ["--controls", "one_frame", "motion_energy", "--seeds", "2", "--label-fraction", "0.4",
+          "--frame-step", "1", "--segments", "2", "--workers", "0", "--device", "cpu"]
+
+
+def test_streaming_and_memory_give_the_same_table(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probe, "MIN_STEPS", 20)
+    common = [*PUBLISHED, *STREAM, "--data", list_of(videos, 20), "--views", "2"]
+    in_memory = probe.main(probe.parse_args([*common, "--out", "memory"]))
+    monkeypatch.setattr(source, "free_memory", lambda: 0)
+    streamed = probe.main(probe.parse_args([*common, "--out", "stream", "--no-augment"]))
+    assert streamed == in_memory and "attentive" in streamed["class"]
+    files = {path.name for path in Path("stream").iterdir()}
+    assert files == {"probe.json", "confusion.png"}  # no progress is left
+
+
+def results(folder):
+    return json.loads((folder / "probe.json").read_text())["results"]
+
+
+SHORT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import probe
+probe.EPOCHS, probe.MIN_STEPS = 6, 1
+probe.cli()
+"""
+
+
+def launch(folder, *flags, processes=1):
+    """Start probe.py, for few epochs, with torchrun if there are several processes."""
+    (folder / "short.py").write_text(SHORT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *launcher[:5 * (processes > 1)], "short.py", *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_killed_evaluation_continues_to_the_same_numbers_on_any_number_of_processes(
+        videos, tmp_path):
+    common = [*PUBLISHED, *STREAM, "--data", list_of(videos, 40), "--tokens", "stream"]
+    whole = launch(tmp_path, *common, "--out", "whole")
+    assert whole.wait(200) == 0, whole.stdout.read()
+
+    killed = launch(tmp_path, *common, "--out", "killed")
+    progress = tmp_path / "killed/probe-progress.pt"
+    while not progress.exists() or torch.load(progress)["epoch"] < 2:
+        assert killed.poll() is None, killed.stdout.read()
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    kept = torch.load(progress)
+    (tmp_path / "two").mkdir()
+    torch.save(kept, tmp_path / "two/probe-progress.pt")
+
+    again = launch(tmp_path, *common, "--out", "killed")
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0 and f"continues after epoch {kept['epoch']}" in output
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    assert not progress.exists()
+
+    again = launch(tmp_path, *common, "--out", "two", processes=2)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0 and output.count("continues after epoch") == 1, output
+    assert results(tmp_path / "two") == results(tmp_path / "whole")

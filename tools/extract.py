@@ -13,10 +13,8 @@ segment after another, and the encoder's num_heads.
 """
 
 import argparse
-import os
 import sys
 import tempfile
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from data import DataError, open_clips
 from probe import encode
 from runtime.flags import parse
 from runtime.loading import BadFiles
+from runtime.resume import complete_file
 from runtime.source import SourceConfig, check_memory, open_source, read_clips
 from runtime.weights import CheckpointError
 
@@ -44,23 +43,6 @@ def check_output(file):
             pass
     except OSError as error:
         raise ValueError(f"{file}: cannot write to {file.parent}: {error.strerror}") from None
-
-
-@contextmanager
-def complete_file(file):
-    """A binary stream to write a file to, which gets its name when it is complete. If anything goes
-    wrong, nothing is left behind. Raises OSError, in one line."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError after an OSError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise OSError(f"{file}: not written ({reason})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=False):

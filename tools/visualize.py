@@ -26,7 +26,7 @@ from baselines.mae import unpatchify
 from data import DataError, open_clips
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
-from probe import encode, fit_attentive, shuffled_batches
+from probe import AttentiveFit, encode, fit_attentive
 from runtime.flags import parse
 from runtime.loading import BadFiles, evenly_spaced
 from runtime.metrics import standardize
@@ -203,10 +203,9 @@ def main(arguments=None):
     if test_set.class_names:
         task, classes = next(iter(test_set.class_names.items()))
         labels = train_set.labels(train_ids)[task]
-        batches = shuffled_batches(len(labels), seed=0)
-        probe = fit_attentive(((train.tokens[ids, 0], labels[ids]) for ids in batches),
-                              len(batches), train.mean.shape[-1], encoder.num_heads, len(classes),
-                              device=device)
+        probe = fit_attentive(AttentiveFit(torch.arange(len(labels)), labels, train.mean.shape[-1],
+                                           encoder.num_heads, len(classes), device=device),
+                              train.tokens[:, 0])
         attention = show_attention(images[:3], probe, test.tokens[shown[:3], 0], shape)
         draw_filmstrips({"clip": images[:3], "attention": attention}, captions,
                         f"Where the attentive probe for {task} looks", out / "attention.png")

@@ -409,12 +409,13 @@ def resize_short_side(side, height, width):
     return (0, 0, height, width), (round(height * scale), round(width * scale))
 
 
-def random_resized_crop(rng, size, height, width):
-    """A random crop: 30 to 100 % of the area, aspect ratio 0.75 to 1.35, resized to a square."""
+def random_resized_crop(rng, size, height, width, area=(0.3, 1.0)):
+    """A random crop: by default 30 to 100 % of the area, aspect ratio 0.75 to 1.35, resized to a
+    square."""
     for _ in range(10):
-        area = height * width * rng.uniform(0.3, 1.0)
+        pixels = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(math.log(0.75), math.log(1.35)))
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < h <= height and 0 < w <= width:
             return (rng.integers(height - h + 1), rng.integers(width - w + 1), h, w), (size, size)
     h, w = min(height, round(width / 0.75)), min(width, round(height * 1.35))

@@ -59,6 +59,16 @@ class Playback(Dataset):
         return Batch(torch.cat(clips) if clips else read.clips,
                      torch.tensor(kept, dtype=torch.int64), bad)
 
+    def augmented(self, epoch):
+        """The same clips, cropped and flipped at random (VideoClips.augmented)."""
+        clips = copy.copy(self)
+        clips.played = [played.augmented(epoch) for played in self.played]
+        return clips
+
+    def path(self, sample_id):
+        """The file of a clip."""
+        return self.played[0].path(self.locate(sample_id)[0])
+
     def labels(self, sample_ids):
         """{task: (B,) int64}."""
         speed, backwards = torch.tensor([self.locate(i)[1:] for i in sample_ids]).T

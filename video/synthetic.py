@@ -82,6 +82,10 @@ class Synthetic(torch.utils.data.Dataset):
         clips = torch.stack([self.draw_clip(sample_id) for sample_id in sample_ids])
         return Batch(clips, torch.as_tensor(sample_ids), [])
 
+    def augmented(self, epoch):
+        """No crops or flips, unlike VideoClips.augmented: a flip would change the motion."""
+        return self
+
     def draw_labels(self, sample_id):
         """A clip's random generator, and the first two values drawn from it: its labels."""
         split = list(self.splits).index(self.split)
