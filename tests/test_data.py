@@ -97,6 +97,30 @@ def test_segments_follow_time_and_views_the_longer_side(tmp_path):
     assert (brightness[2, 1:] > brightness[1, 1:]).all()
 
 
+def test_augmented_clips_are_a_function_of_epoch_and_sample_id(tmp_path):
+    videos = [write_video(tmp_path / f"{i}.mp4", 40) for i in range(2)]
+    clips = open_small(videos, train=False, segments=3)
+    first = clips.augmented(0).batch([0, 1]).clips  # (B, V, S, 3, T, H, W)
+    assert first.shape == clips.batch([0, 1]).clips.shape
+    assert torch.equal(clips.augmented(0).batch([1]).clips, first[1:])  # with whatever it is read
+    assert not torch.equal(clips.augmented(1).batch([0, 1]).clips, first)
+    # The same frames, by their brightness, but other crops; half of the clips are flipped.
+    many = torch.cat([clips.augmented(epoch).batch([0]).clips for epoch in range(40)]).float()
+    brighter = (many[..., -1] > many[..., 0] + 20).flatten(1).any(1)
+    darker = (many[..., -1] < many[..., 0] - 20).flatten(1).any(1)
+    assert 8 < brighter.sum() < 32 and 8 < darker.sum() < 32 and not (brighter & darker).any()
+    whole = clips.batch([0]).clips.float().amax((-2, -1))
+    assert (many.amax((-2, -1)) <= whole + 3).all()
+    assert clips.augmentation is None
+
+
+def test_the_middle_one_of_several_views_can_be_read_alone(tmp_path):
+    video = write_video(tmp_path / "v.mp4", 40)
+    three, middle = (open_small(video, train=False, views=3, centre_only=alone)
+                     for alone in (False, True))
+    assert middle.protocol == (1, 1) and torch.equal(middle[0], three[0][1, 0])
+
+
 def test_one_view_is_the_centre_of_the_frame_and_several_cover_it(tmp_path, monkeypatch):
     path, sides, resize = write_video(tmp_path / "a.mp4"), [], data.resize_short_side
     monkeypatch.setattr(data, "resize_short_side", lambda side, height, width: (

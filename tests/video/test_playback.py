@@ -75,3 +75,11 @@ def test_playback_is_probed_without_any_labels(folder, tmp_path, monkeypatch, ca
     # A file's six clips succeed and fail together, so chance is that of the files.
     assert "on 18 test clips of 3 files, accuracies around 0.5 differ by up to 0.800" in (
         capsys.readouterr().out)
+
+
+def test_both_directions_are_cropped_alike_and_paths_are_the_files(folder):
+    clips = Playback(open_small(folder / "0.mp4", train=False), ["arrow"])
+    plain, augmented = clips.batch(range(6)).clips, clips.augmented(3).batch(range(6)).clips
+    assert augmented.shape == plain.shape and not torch.equal(augmented, plain)
+    assert torch.equal(augmented[0::2].flip(-3), augmented[1::2])
+    assert clips.path(5) == str(folder / "0.mp4")
