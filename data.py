@@ -50,17 +50,15 @@ class VideoClips(Dataset):
     fps: frames per second, instead of every frame_step-th frame; split: train, val or test, if the
     source names them; weights: how often each path is drawn from; classes: names to number the
     labels by; need_labels: leave out clips without a label; segments, views: in evaluation, clips
-    spread over time and crops over the longer side (centre_only: the one in the middle). If any
-    label is missing, classes is []; if any group is, groups is None. Raises DataError.
+    spread over time and crops over the longer side. If any label is missing, classes is []; if any
+    group is, groups is None. Raises DataError.
     """
 
     def __init__(self, paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, *,
-                 fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1,
-                 centre_only=False):
+                 fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1):
         self.name, self.train, self.seed, self.img_size = " ".join(paths), train, seed, img_size
         self.num_frames, self.frame_step, self.fps = num_frames, frame_step, fps
-        self.protocol, self.augmentation = (segments, 1 if centre_only else views), None
-        self.whole_frame = views > 1
+        self.protocol, self.augmentation = (segments, views), None
 
         entries = load_entries(paths)
         if need_labels:
@@ -155,8 +153,8 @@ class VideoClips(Dataset):
 
         Several views cover the whole frame, a single one its centre, 224 of 256 pixels.
         """
-        size, flip = self.img_size, False
-        crop = partial(resize_short_side, size if self.whole_frame else round(size * 256 / 224))
+        size, several, flip = self.img_size, self.protocol[1] > 1, False
+        crop = partial(resize_short_side, size if several else round(size * 256 / 224))
         if self.augmentation is not None:
             rng = np.random.default_rng((2, self.seed, self.augmentation, sample_id))
             crop = partial(random_resized_crop, rng, size, area=(0.08, 1.0))

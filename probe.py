@@ -385,20 +385,20 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
     """Train probes on one task: {probe: predicted classes of the test clips (m,)}.
 
     train, test: Features; train_ids (n,), test_ids (m,): which of their clips; labels: of `train`.
-    Probes are trained on the centre view and tested on all views. Each fits a fraction of the
-    labels, all three the same; linear and k-NN take the weight decay and the number of neighbours
-    that were best with a fifth of these held out. A single token gets no attentive probe.
+    Probes are trained on the first view, normally the only one, and tested on all views. Each fits
+    a fraction of the labels, all three the same; linear and k-NN take the weight decay and the
+    number of neighbours that were best with a fifth of these held out. A single token gets no
+    attentive probe.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = train_ids[balanced_subset(labels[train_ids], fraction, generator)]
     fit, val = split_for_validation(labels[ids], generator)
-    centre = train.mean.shape[1] // 2
-    mean, mean_test = standardize(train.mean[ids, centre], test.mean[test_ids])  # (n, D) (m, V, D)
+    mean, mean_test = standardize(train.mean[ids, 0], test.mean[test_ids])  # (n, D) (m, V, D)
     predicted = {}
 
     if "attentive" in probes and train.tokens.shape[2] > 1:
         probe = fit_attentive(AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes,
-                                           seed, device), train.tokens[:, centre])
+                                           seed, device), train.tokens[:, 0])
         scores = predict(probe, (test.tokens[part] for part in test_ids.split(64)))
         predicted["attentive"] = scores.argmax(1)
 

@@ -485,8 +485,8 @@ def cli(config_class=Config, build=build, description=__doc__):
         share = config.batch_size // int(os.environ.get("WORLD_SIZE", 1))
         size = min(config.micro_batch or share, share)
         smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), 1)
-        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} gives the same "
-                 "result with about half of it, --checkpoint-activations with about a third")
+        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} and "
+                 "--checkpoint-activations give the same result with less (docs/speed.md)")
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -119,6 +119,10 @@ def introduction(made_by):
         "probes with all 2,000 labels or a fraction of them. *Seconds* are CPU seconds of "
         "training. Verdicts are at 95 % (t-test): one in twenty is clear by chance. The "
         "[results](ablations/results.csv) of k-NN probes are here, too.",
+        "**What these tables cannot show.** The runs that predict pixels end at a loss of 1.000, "
+        "that of predicting zero: they did not learn their own objective, so nothing follows about "
+        "pixel methods. And attentive probes chose their epoch on a fifth of the labels, which "
+        "`probe.py` no longer does ([why](evaluation.md)).",
         "Mean accuracy of attentive probes on validation clips by learning rate, in [one trial "
         "each](ablations/trials.csv) with a seed of its own:"]
 

@@ -16,8 +16,8 @@ from runtime.source import hold_out
 class FeatureFile:
     """Frozen features of n clips, of all splits, with their labels."""
 
-    tokens: torch.Tensor  # (n, V, N, D) float16; N is 0 without --tokens
-    mean: torch.Tensor  # (n, V, D) float32: the mean over a clip's tokens
+    tokens: torch.Tensor  # (n, 1, N, D) float16, a single view; N is 0 without --tokens
+    mean: torch.Tensor  # (n, 1, D) float32: the mean over a clip's tokens
     labels: dict  # {task: (n,) int64}
     class_names: dict  # {task: names}
     splits: list  # per clip: train, val, test, or "" if the data have no splits
@@ -38,11 +38,11 @@ def read(path):
             arrays = dict(file)
         tasks = {name: name.removeprefix("labels").removeprefix("_") or "class"
                  for name in arrays if name.startswith("labels")}
-        mean = torch.from_numpy(arrays["features"])
-        mean = mean if mean.ndim == 3 else mean[:, None]  # (n, V, D)
-        none = np.empty((*mean.shape[:2], 0, mean.shape[2]), dtype=np.float16)
+        n, D = arrays["features"].shape
+        tokens = arrays.get("tokens", np.empty((n, 0, D), dtype=np.float16))
+        mean = torch.from_numpy(arrays["features"])[:, None]
         found = FeatureFile(
-            torch.from_numpy(arrays.get("tokens", none)), mean,
+            torch.from_numpy(tokens)[:, None], mean,
             {task: torch.from_numpy(arrays[name]) for name, task in tasks.items()},
             {task: arrays[name.replace("labels", "classes")].tolist()
              for name, task in tasks.items()},

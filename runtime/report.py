@@ -23,15 +23,18 @@ def write(folder, scores, confusion, class_names, label_fraction, made_with):
     results = summarize(scores)
     seeds, folds = next(iter(scores.values())).shape
     print_tables(results, sorted({1.0, *label_fraction}, reverse=True), seeds, folds)
-    clips = int(next(iter(confusion.values())).sum()) // seeds
-    if clips:  # none without an attentive probe
-        independent, what = clips, f"{clips} test clips"
-        if made_with.get("task"):  # the six clips of a file are right or wrong together
-            independent = math.ceil(clips / CLIPS_PER_FILE)
-            what += f" of {independent} files"
-        print(f"\non {what}, accuracies around 0.5 differ by up to "
-              f"{1.96 * (0.5 / independent) ** 0.5:.3f} by chance (95 %)")
     write_json(folder, made_with, results, confusion, class_names)
+    clips = int(next(iter(confusion.values())).sum()) // seeds
+    if not clips:
+        print(f"written to {folder}/: probe.json (no confusion.png without an attentive probe)")
+        return results
+
+    independent, what = clips, f"{clips} test clips"
+    if made_with.get("task"):  # the six clips of a file are right or wrong together
+        independent = math.ceil(clips / CLIPS_PER_FILE)
+        what += f" of {independent} files"
+    print(f"\non {what}, accuracies around 0.5 differ by up to "
+          f"{1.96 * (0.5 / independent) ** 0.5:.3f} by chance (95 %)")
     draw_confusion(confusion, class_names, folder / "confusion.png")
     print(f"written to {folder}/: probe.json, confusion.png")
     return results
@@ -52,32 +55,37 @@ def summarize(scores):
 
 def print_tables(results, fractions, seeds, folds):
     """Print the results of summarize, a table per fraction of the labels (1.0 first)."""
-    std, over = ("_folds_std", f"{folds} folds") if folds > 1 else ("_std", f"{seeds} probe seeds")
-    one = seeds == folds == 1  # nothing to compute a spread from
-    rows = [(f"{task}, {probe}", row) for task, probes in results.items()
-            for probe, row in probes.items()]
+    spread, over = "_std", f"{seeds} probe seeds"
+    if folds > 1:
+        spread, over = "_folds_std", f"{folds} folds"
+    single = seeds == folds == 1  # there is no spread
+    rows = {f"{task}, {probe}": row for task, probes in results.items()
+            for probe, row in probes.items()}
 
     def cell(row, name):
         if name not in row:
             return "-"
-        return f"{row[name]:.3f}" if one else f"{row[name]:.3f} +- {row[name + std]:.3f}"
+        return f"{row[name]:.3f}" if single else f"{row[name]:.3f} +- {row[name + spread]:.3f}"
 
-    print("accuracy with all labels" + ("" if one else f": mean +- std over {over}"))
+    print("accuracy with all labels" + ("" if single else f": mean +- std over {over}"))
     print(f"{'':22}" + "".join(f"{name:>17}" for name in COLUMNS))
-    for title, row in rows:
+    for title, row in rows.items():
         print(f"{title:22}" + "".join(f"{cell(row, name):>17}" for name in COLUMNS))
-    for title, row in rows:
-        if min(values := [row[name] for name in COLUMNS if name in row]) > 0.99 and values[1:]:
+    for title, row in rows.items():
+        values = [row[name] for name in COLUMNS if name in row]
+        if len(values) > 1 and min(values) > 0.99:
             print(f"{title}: everything is above 0.99, so this cannot tell encoders apart")
+
     for fraction in fractions[1:]:
+        names = [name for name in LEARNERS if name in next(iter(rows.values()))]
         print(f"\nwith {100 * fraction:g} % of the labels, and the change relative to all labels")
-        learners = [name for name in LEARNERS if name in rows[0][1]]
-        print(f"{'':22}" + "".join(f"{name:>25}" for name in learners))
-        for title, row in rows:
-            pairs = [(name, column(name, fraction)) for name in learners]
-            print(f"{title:22}" + "".join(
-                f"  {cell(row, few)}  {row[few] / max(row[name], 1e-9) - 1:+5.0%}"
-                for name, few in pairs))
+        print(f"{'':22}" + "".join(f"{name:>25}" for name in names))
+        for title, row in rows.items():
+            line = f"{title:22}"
+            for name in names:
+                few = column(name, fraction)
+                line += f"  {cell(row, few)}  {row[few] / max(row[name], 1e-9) - 1:+5.0%}"
+            print(line)
 
 
 def write_json(folder, made_with, results, confusion, class_names):

@@ -80,7 +80,7 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
         return Playback(clips, tasks) if tasks else clips
 
     leave_out = split == "leave-one-group-out"
-    train = open_split(None if leave_out or test_data else "train", views=views, centre_only=True)
+    train = open_split(None if leave_out or test_data else "train")
     ids = range(len(train))
     if not leave_out and split not in ("test", "val", *train.splits):
         raise DataError(f"--split {split} is not one of test, val, leave-one-group-out, nor of the "

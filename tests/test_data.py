@@ -114,13 +114,6 @@ def test_augmented_clips_are_a_function_of_epoch_and_sample_id(tmp_path):
     assert clips.augmentation is None
 
 
-def test_the_middle_one_of_several_views_can_be_read_alone(tmp_path):
-    video = write_video(tmp_path / "v.mp4", 40)
-    three, middle = (open_small(video, train=False, views=3, centre_only=alone)
-                     for alone in (False, True))
-    assert middle.protocol == (1, 1) and torch.equal(middle[0], three[0][1, 0])
-
-
 def test_one_view_is_the_centre_of_the_frame_and_several_cover_it(tmp_path, monkeypatch):
     path, sides, resize = write_video(tmp_path / "a.mp4"), [], data.resize_short_side
     monkeypatch.setattr(data, "resize_short_side", lambda side, height, width: (

@@ -351,7 +351,7 @@ def test_extracted_features_give_the_same_table(split, probed, videos, tmp_path,
     (videos / "list.csv").write_text("\n".join(["path,label,group,split", *lines]))
     monkeypatch.chdir(tmp_path)
     common = ["--checkpoint", checkpoint, "--data", str(videos / "list.csv"), "--segments", "2",
-              "--views", "3", "--frame-step", "1", "--workers", "0"]
+              "--frame-step", "1", "--workers", "0"]
     extract.main(["features.npz", *common, "--tokens"])
     table = ["--split", split, "--seeds", "2", "--label-fraction", "0.5"]
     directly = probe.main(probe.parse_args([*common, *table, "--controls", "--out", "direct"]))

@@ -5,11 +5,11 @@
     python -m tools.extract encoder.pt --checkpoint runs/mine        for load_encoder("encoder.pt")
     python -m tools.extract encoder.safetensors                      the same, if it is installed
 
-All splits are encoded. The arrays: features (n, D) float32, the mean of a clip's tokens, or
-(n, V, D) with several --views; paths (n,); split (n,), '' if the data have none; if there are
-labels, labels (n,), which index classes (labels_TASK and classes_TASK if there are several tasks);
-if there are groups, groups (n,). With --tokens also tokens (n, V, N, D) float16, those of one
-segment after another, and the encoder's num_heads.
+All splits are encoded. The arrays: features (n, D) float32, the mean over a clip's tokens and
+views; paths (n,); split (n,), '' if the data have none; if there are labels, labels (n,), which
+index classes (labels_TASK and classes_TASK if there are several tasks); if there are groups,
+groups (n,). With --tokens also tokens (n, N, D) float16, those of one segment after another, and
+num_heads of the encoder.
 """
 
 import argparse
@@ -56,16 +56,14 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
                 for split in splits]
     device, total = next(encoder.parameters()).device, sum(map(len, datasets))
     if keep_tokens:
-        check_memory({"encoder": encoder}, clip_options,
-                     total * protocol["segments"] * protocol["views"], device)
+        check_memory({"encoder": encoder}, clip_options, total * protocol["segments"], device)
     bad_files, columns = BadFiles(total, config.max_bad), {}
     for split, dataset in zip(splits, datasets, strict=True):
         clips = read_clips(dataset, range(len(dataset)), bad_files, config, device,
                            f"encoding {split or 'clips'}")
         encoded, sample_ids = encode({"encoder": encoder}, clips, len(dataset), keep_tokens)
         features = encoded["encoder"]
-        found = {"features": (features.mean[:, 0] if protocol["views"] == 1
-                              else features.mean).numpy(),
+        found = {"features": features.mean.mean(1).numpy(),
                  "paths": [dataset.path(i) for i in sample_ids],
                  "split": [split or ""] * len(sample_ids)}
         if dataset.groups:
@@ -73,7 +71,7 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
         for task, labels in dataset.labels(sample_ids).items():
             found["labels" if task == "class" else f"labels_{task}"] = labels.numpy()
         if keep_tokens:
-            found["tokens"] = features.tokens.numpy()
+            found["tokens"] = features.tokens[:, 0].numpy()  # of the only view
         for name, values in found.items():
             columns.setdefault(name, []).append(values)
     arrays = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
@@ -112,9 +110,9 @@ def main(arguments=None):
     if given.tokens and given.file.suffix != ".npz":
         raise ValueError(f"--tokens needs a file whose name ends in .npz, not {given.file}")
     path, encoder, data, clip_options, protocol = open_source(config)
-    if given.tokens and protocol["views"] % 2 == 0:
-        raise ValueError("--tokens needs an odd number of --views: probes are trained on the "
-                         "centre one")
+    if given.tokens and protocol["views"] > 1:
+        raise ValueError("--tokens is for a single view, on which probes are trained: pass "
+                         "--views 1")
     if given.file.suffix != ".npz":
         write_encoder(given.file, getattr(encoder, "encoder", encoder))  # without FrameByFrame
         return print(f"the encoder of {path} written to {given.file}")

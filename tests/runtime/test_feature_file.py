@@ -15,7 +15,7 @@ def write(path, **arrays):
 
 def test_a_file_has_features_labels_splits_and_groups(tmp_path):
     file = feature_file.read(write(tmp_path / "a.npz", groups=list("xyzxyz"), num_heads=4,
-                                   tokens=np.zeros((6, 1, 5, 3), np.float16)))
+                                   tokens=np.zeros((6, 5, 3), np.float16)))
     assert file.tokens.shape == (6, 1, 5, 3) and file.mean.shape == (6, 1, 3)
     assert file.labels["class"].tolist() == [0, 1, 0, 1, 0, 1] and file.num_heads == 4
     assert file.class_names == {"class": ["a", "b"]} and file.groups == list("xyzxyz")

@@ -58,6 +58,13 @@ def test_everything_is_written_whatever_the_controls(controls, tmp_path, capsys)
     assert "on 3 test clips, accuracies around 0.5 differ by up to 0.800 by chance" in said
 
 
+def test_without_an_attentive_probe_there_is_no_confusion_to_draw(tmp_path, capsys):
+    scores = {("class", "knn", "trained"): np.array([[0.5]])}
+    report.write(tmp_path, scores, {"class": torch.zeros(2, 2)}, {"class": ["a", "b"]}, [], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["probe.json"]
+    assert "no confusion.png without an attentive probe" in capsys.readouterr().out
+
+
 def test_per_class_accuracy_is_none_without_clips():
     counts = torch.tensor([[3, 1, 0], [0, 0, 2], [0, 0, 0]])
     assert report.per_class_accuracy(counts) == [0.75, 0.0, None]

@@ -46,15 +46,15 @@ def test_tokens_and_groups_are_written_for_probing(videos, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     lines = [f"{c}/{i}.mp4,{c},g{i // 3}" for c in "ab" for i in range(6)]
     (videos / "list.csv").write_text("\n".join(["path,label,group", *lines]))
-    flags = ["--data", str(videos / "list.csv"), "--views", "3", "--frame-step", "1"]
+    flags = ["--data", str(videos / "list.csv"), "--segments", "3", "--frame-step", "1"]
     extract.main(["f.npz", *PUBLISHED, *flags, "--tokens"])
     found = np.load("f.npz")
-    assert found["tokens"].dtype == np.float16 and found["tokens"].shape == (11, 3, 64, 64)
-    np.testing.assert_allclose(found["tokens"].mean(2, dtype=np.float32), found["features"],
+    assert found["tokens"].dtype == np.float16 and found["tokens"].shape == (11, 3 * 64, 64)
+    np.testing.assert_allclose(found["tokens"].mean(1, dtype=np.float32), found["features"],
                                atol=2e-3)
     assert found["groups"].tolist() == ["g0"] * 3 + ["g1"] * 3 + ["g0"] * 3 + ["g1"] * 2
     assert found["num_heads"] == 4
-    with pytest.raises(ValueError, match="--tokens needs an odd number of --views"):
+    with pytest.raises(ValueError, match="--tokens is for a single view"):
         extract.main(["g.npz", *PUBLISHED, "--views", "2", "--tokens"])
     with pytest.raises(ValueError, match="--tokens needs a file whose name ends in .npz"):
         extract.main(["g.pt", *PUBLISHED, "--tokens"])
