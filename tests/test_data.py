@@ -114,6 +114,12 @@ def test_augmented_clips_are_a_function_of_epoch_and_sample_id(tmp_path):
     assert clips.augmentation is None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_may_be_empty(workers):
+    batches = loader(Synthetic(4, 16), [[0, 1], [], [2]], workers)
+    assert [batch.sample_ids.tolist() for batch in batches] == [[0, 1], [], [2]]
+
+
 def test_one_view_is_the_centre_of_the_frame_and_several_cover_it(tmp_path, monkeypatch):
     path, sides, resize = write_video(tmp_path / "a.mp4"), [], data.resize_short_side
     monkeypatch.setattr(data, "resize_short_side", lambda side, height, width: (
