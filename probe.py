@@ -422,7 +422,11 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
 
 def knn_scores(train, labels, test, k):
     """metrics.knn_votes for 256 test clips at a time: all similarities at once may not fit."""
-    return torch.cat([knn_votes(train, labels, part, k) for part in test.split(256)])
+    # A list of small results between large temporary ones would keep the heap from shrinking.
+    votes = torch.empty(len(test), int(labels.max()) + 1, device=test.device)
+    for part, rows in zip(test.split(256), votes.split(256), strict=True):
+        rows.copy_(knn_votes(train, labels, part, k))
+    return votes
 
 
 def middle_frame(clips):
