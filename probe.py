@@ -514,7 +514,8 @@ def positions(encoded_ids, sample_ids):
 def main(config):
     """Probe a checkpoint: print the tables, write probe.json and its pictures, return the results.
 
-    -> {task: {probe: {column: accuracy}}}. Raises ValueError, DataError or CheckpointError.
+    -> {task: {probe: {column: accuracy}}}, on the first process; None on the others. Raises
+    ValueError, DataError or CheckpointError, and OSError if progress cannot be written.
     """
     check(config)
     rank, world_size = process()
