@@ -106,7 +106,9 @@ def test_a_signal_ends_the_current_step_and_leaves_a_checkpoint(number, tmp_path
     flags = ["--name", "run", "--steps", "4000", "--save-every", "4000", "--workers", "1"]
     process = subprocess.Popen(command(*flags), cwd=tmp_path, text=True, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               # as in a terminal, also if these tests run in the background
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     file = tmp_path / "runs/run/metrics.csv"
     while process.poll() is None and (not file.exists() or file.read_text().count("\n") < 3):
         time.sleep(0.01)
