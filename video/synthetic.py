@@ -51,8 +51,8 @@ class Synthetic(torch.utils.data.Dataset):
     """Endless clips, each a function of (seed, split, sample id), with VideoClips' interface.
 
     One glyph in ten is missing and one in ten has another shape; colour, size, angle, position and
-    speed vary. noise: std of the noise, which is grey and new in every frame; glyphs are about 2
-    brighter than the background.
+    speed vary. noise: std of the noise, independent in every pixel, channel and frame; glyphs are
+    about 2 brighter than the background.
     """
 
     name, groups = "synthetic", None
@@ -111,7 +111,7 @@ class Synthetic(torch.utils.data.Dataset):
         points = self.pixels + torch.from_numpy(position.astype(np.float32))[:, None, None]
         frames = F.grid_sample(sheet.expand(T, -1, -1, -1), points * (2 / sheet.shape[-1]),
                                align_corners=False).transpose(0, 1)  # (3, T, H, W)
-        noise = torch.from_numpy(rng.standard_normal(frames.shape[1:], dtype=np.float32))
+        noise = torch.from_numpy(rng.standard_normal(frames.shape, dtype=np.float32))
         clip = 2 * (frames - 0.25) + self.noise * noise
         if event == "switch":
             clip[:, half:] = self.draw_clip(sample_id + len(self))[:, half:]
