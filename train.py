@@ -37,13 +37,14 @@ from data import DataError, loader, open_clips, to_device
 from masks import MultiBlockMask, sample_masks
 from model import VJEPA, Block
 from runtime import checkpoint
-from runtime.device import (DTYPES, all_gather, can_compile, pick_device, pick_precision,
-                            rendezvous)
+from runtime.device import (DTYPES, all_gather, can_compile, largest_micro_batch, pick_device,
+                            pick_precision, rendezvous)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, num_workers
 from runtime.log import Log, check_logger, print_summary
 from runtime.metrics import evaluation_ids, feature_metrics
 from runtime.weights import CheckpointError, init_networks
+from video.decode import Batch
 
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
 
@@ -97,7 +98,8 @@ class Config:
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)
     keep_every: int = flag(0, "keep a checkpoint every n steps; 0: only the last two", least=0)
-    micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
+    micro_batch: int = flag(24, "clips per forward pass of a process; 0: on CUDA as many as "
+                            "fit, else all it has", least=0)
     workers: int = flag(-1, "processes that read clips; -1: one per core, at most 8, but none for "
                         "synthetic clips on CPUs", least=-1, most=256)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
@@ -237,6 +239,27 @@ def checkpoint_activations(model):
             block.forward = partial(recompute_in_backward, block.forward, use_reentrant=False)
 
 
+def try_pass(model, optimizer, samplers, img_size, autocast, device, size):
+    """A forward and backward pass of `size` clips, all zero, after which everything is as before.
+    Raises torch.OutOfMemoryError if a step with so many would not fit into the GPU's memory."""
+    ids, shape = range(size), (size, 3, model.encoder.num_frames, img_size, img_size)
+    batch = Batch(torch.zeros(shape, dtype=torch.uint8), ids, [], sample_masks(samplers, ids, 0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        # Room for what a step has besides: the gradients of the micro-batches before and, from the
+        # first step on, AdamW's two averages.
+        room = [torch.empty_like(p) for p in trained for _ in range(1 if optimizer.state else 3)]
+        clips, masks = to_device(batch, device)
+        # Compiling for sizes that are only tried would take longer than running, and no less room.
+        with torch.compiler.set_stance("force_eager"):
+            with autocast:
+                loss = model(clips, masks)
+            loss.backward()
+        del room
+    finally:
+        optimizer.zero_grad()
+
+
 def labelled(batches, dataset, bad_files, device):
     """Yield (clips, masks, labels {task: (B,)}) of each of a loader's batches, on the device."""
     for batch in batches:
@@ -289,7 +312,6 @@ def main(config, run_dir, restart=False, build=build, signals=()):
                          "processes")
     if share % micro_batch:
         raise ValueError(f"--micro-batch {micro_batch} does not divide a process's {share} clips")
-    accumulation = share // micro_batch
 
     # The target encoder is part of the model, but the optimizer only gets what gradients train.
     model, samplers = build(config)
@@ -328,12 +350,17 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         first_step, skipped, consecutive_skips = (
             saved[name] for name in ("step", "skipped", "consecutive_skips"))
 
-    # DDP: every process has the whole model and computes the gradients of its own clips; then all
-    # average them, so that all take the same step.
     if compiled:
         compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
         checkpoint_activations(model)
+    if not config.micro_batch:  # before DDP, which would exchange the gradients of every trial
+        attempt = partial(try_pass, model, optimizer, samplers, config.img_size, autocast, device)
+        micro_batch = largest_micro_batch(share, attempt, device)
+    accumulation = share // micro_batch
+
+    # DDP: every process has the whole model and computes the gradients of its own clips; then all
+    # average them, so that all take the same step.
     compute_loss = model
     if world_size > 1:
         compute_loss = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -481,12 +508,12 @@ def cli(config_class=Config, build=build, description=__doc__):
     config, run_dir, restart = parse_args(None, config_class, description)
     try:
         main(config, run_dir, restart, build, catch_signals())
-    except torch.OutOfMemoryError:
-        share = config.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-        size = min(config.micro_batch or share, share)
-        smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), 1)
-        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} and "
-                 "--checkpoint-activations give the same result with less (docs/speed.md)")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # only on CUDA it is a torch.OutOfMemoryError
+            raise
+        sys.exit("error: the GPU has too little memory: --micro-batch 0 (on CUDA: as many clips at "
+                 "a time as fit), a smaller number, and --checkpoint-activations give the same "
+                 "result with less (docs/speed.md)")
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -55,6 +55,31 @@ def can_compile(device):
     return not reason
 
 
+def largest_micro_batch(share, try_pass, device):
+    """The largest divisor of a process's `share` of clips for which try_pass(divisor) does not run
+    out of GPU memory in any process. On the CPU and MPS all of them, untried: there, too many make
+    the system slow rather than raise an error. Raises ValueError if even one does not fit."""
+    if device.type != "cuda":
+        return share
+    largest = 0
+    for size in (n for n in range(1, share + 1) if share % n == 0):
+        try:
+            try_pass(size)
+            largest = size
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # not above, where the error's traceback still holds tensors
+        if largest != size:
+            break
+    largest = min(all_gather(largest))
+    if not largest:
+        raise ValueError("the GPU has too little memory for one clip at a time: pass "
+                         "--checkpoint-activations, or choose smaller networks (docs/speed.md)")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"micro-batch {largest}, the largest divisor of {share} clips that fits", flush=True)
+    return largest
+
+
 def peak_memory(device):
     """Most bytes used so far, on the GPU or by this process in main memory (NaN on Windows)."""
     if device.type == "cuda":

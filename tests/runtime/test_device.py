@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,6 +34,26 @@ def test_a_missing_device_is_named_with_those_that_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--device cuda is not available \(found: .*cpu\)"):
         device.pick_device("cuda")
+
+
+def test_the_largest_micro_batch_is_a_divisor_that_fits(capsys):
+    tried = []
+
+    def attempt(limit, size):
+        tried.append(size)
+        if size > limit:
+            raise torch.OutOfMemoryError
+
+    def search(limit, name="cuda"):
+        return device.largest_micro_batch(24, partial(attempt, limit), torch.device(name))
+
+    assert [search(limit) for limit in (100, 24, 7, 1)] == [24, 24, 6, 1]
+    assert tried[-2:] == [1, 2]  # nothing above the first that does not fit
+    assert "micro-batch 6, the largest divisor of 24 clips" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="too little memory for one clip"):
+        search(0)
+    tried.clear()
+    assert search(0, "cpu") == search(0, "mps") == 24 and not tried
 
 
 def test_peak_memory_counts_what_was_allocated():
