@@ -63,5 +63,17 @@ def test_peak_memory_counts_what_was_allocated():
     assert block[0] == 1
 
 
+def test_on_a_mac_one_process_uses_the_gpu_and_its_memory_is_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 7)
+    mps = device.pick_device("auto")
+    assert mps.type == "mps" and device.peak_memory(mps) == 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device.pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="cannot share a Mac's GPU: .* --device cpu"):
+        device.pick_device("auto")
+
+
 def test_a_process_alone_gathers_its_own_object():
     assert device.all_gather("text") == ["text"]
