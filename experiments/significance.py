@@ -1,9 +1,7 @@
 """Is the difference of two means clear? Welch's t-test, its interval, and Holm's correction.
 
-    difference, error, freedom = welch([0.61, 0.64, 0.67], [0.52, 0.55, 0.49])
-    p_value(difference / error, freedom)     # how often chance alone would give as much, 0..1
-    quantile(freedom) * error                # half of the 95 % interval around the difference
-    holm([0.001, 0.04, 0.03])                # which are clear, if three were looked at
+    difference, low, high, p = compare([0.61, 0.64, 0.67], [0.52, 0.55, 0.49])
+    holm([p, 0.04, 0.03])                    # which are clear, if three differences are looked at
 
 Seeds are few, so the degrees of freedom matter: 2.3 of them are not 2. They need not be whole.
 """
@@ -12,7 +10,7 @@ import math
 import statistics
 
 
-def incomplete_beta(x, a, b, terms=200):
+def incomplete_beta(x, a, b, terms=100):
     """Regularized incomplete beta function I_x(a, b): a continued fraction, DLMF 8.17.22."""
     if x > (a + 1) / (a + b + 2):  # there the fraction converges slowly
         return 1 - incomplete_beta(1 - x, b, a)
@@ -58,6 +56,15 @@ def welch(better, worse):
     # If one side has all of the variance, only its values count.
     freedom = (a + b) ** 2 / (a ** 2 / (n - 1) + b ** 2 / (m - 1))
     return difference, math.sqrt(a + b), freedom
+
+
+def compare(better, worse):
+    """-> difference of the means, the ends of its 95 % interval, and how often chance alone would
+    give as large a difference (p-value). Raises ValueError for fewer than two values."""
+    difference, error, freedom = welch(better, worse)
+    half = quantile(freedom) * error
+    p = p_value(difference / error, freedom) if error else float(difference == 0)
+    return difference, difference - half, difference + half, p
 
 
 def holm(p_values, level=0.05):
