@@ -85,12 +85,13 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
     return len(arrays["features"])
 
 
-def write_encoder(file, encoder):
-    """Write an encoder for load_encoder. Raises OSError if the disk is full."""
+def write_encoder(file, encoder, **more):
+    """Write an encoder, and what else a .pt file is to hold, for load_encoder. Raises OSError if
+    the disk is full."""
     weights = encoder.cpu().state_dict()
     with complete_file(file) as stream:
         if file.suffix == ".pt":
-            torch.save({"target_encoder": weights, "num_heads": encoder.num_heads}, stream)
+            torch.save({"target_encoder": weights, "num_heads": encoder.num_heads} | more, stream)
         else:
             from safetensors.torch import save
             stream.write(save(weights, {"num_heads": str(encoder.num_heads)}))
