@@ -78,6 +78,11 @@ def free_memory():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def process():
+    """Rank of this process, and number of processes."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def rendezvous():
     """The store in which the processes that torchrun started find each other's addresses."""
     store, *_ = next(dist.rendezvous("env://"))

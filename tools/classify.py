@@ -19,6 +19,7 @@ import torch
 import probe
 from data import DataError, open_clips
 from runtime import report
+from runtime.encoding import encode_batch
 from runtime.flags import parse
 from runtime.loading import BadFiles
 from runtime.source import SourceConfig, open_source, read_clips
@@ -33,11 +34,11 @@ def classify(encoder, attentive_probe, batches):
     """
     probabilities, sample_ids, width = [], [], attentive_probe.linear.in_features
     for ids, clips in batches:
-        tokens = probe.encode_batch(encoder, clips)  # (B, V, S * N, D)
+        tokens = encode_batch(encoder, clips)  # (B, V, S * N, D)
         if tokens.shape[-1] != width:
             raise CheckpointError(f"--probe is for features of {width} channels, those of "
                                   f"--checkpoint have {tokens.shape[-1]}")
-        probabilities.append(probe.predict(attentive_probe, [tokens]))  # (B, classes)
+        probabilities.append(attentive_probe.predict(tokens))  # (B, classes)
         sample_ids += ids
     if not sample_ids:
         raise DataError("none of the clips can be read")

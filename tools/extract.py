@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data import DataError, open_clips
-from probe import encode
+from runtime.encoding import encode
 from runtime.flags import parse
 from runtime.loading import BadFiles
 from runtime.resume import complete_file

@@ -26,7 +26,8 @@ from baselines.mae import unpatchify
 from data import DataError, open_clips
 from masks import MultiBlockMask
 from model import gather_tokens, patchify
-from probe import AttentiveFit, encode, fit_attentive
+from probe import AttentiveFit, fit_attentive
+from runtime.encoding import encode
 from runtime.flags import parse
 from runtime.loading import BadFiles, evenly_spaced
 from runtime.metrics import standardize
