@@ -80,8 +80,11 @@ def finetune(encoder, head, dataset, sample_ids, task, seed, bad_files, config):
         epoch, left = epoch + 1, left - len(batches)
 
 
-def main(config):
-    """Fine-tune as a Config asks for: print accuracies, write the files, return the results."""
+def main(arguments=None):
+    """Fine-tune what the command line asks for -> results. Exits with 2 if it makes no sense."""
+    config, _ = parse(argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter), Config, arguments)
     preset = PRESETS[config.preset] if config.checkpoint == "none" else None
     path, encoder, data, clip_options, protocol = open_source(config) if not preset else (
         Path(f"runs/supervised-{config.preset}"),
@@ -128,8 +131,6 @@ def main(config):
 
 if __name__ == "__main__":
     try:
-        parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        main(parse(parser, Config)[0])
+        main()
     except (ValueError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
