@@ -57,7 +57,7 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
     splits = sorted(open_clips(data, **clip_options, train=False).splits) or [None]
     datasets = [open_clips(data, **clip_options, **protocol, split=split, train=False)
                 for split in splits]
-    if every:
+    if every is not None:
         datasets = [Windows(dataset, every) for dataset in datasets]
     device, total = next(encoder.parameters()).device, sum(map(len, datasets))
     if keep_tokens:
@@ -75,7 +75,7 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
             found["groups"] = [dataset.groups[i] for i in sample_ids]
         for task, labels in dataset.labels(sample_ids).items():
             found["labels" if task == "class" else f"labels_{task}"] = labels.numpy()
-        if every:
+        if every is not None:
             found["seconds"] = [dataset.second(i) for i in sample_ids]
         if keep_tokens:
             found["tokens"] = features.tokens[:, 0].numpy()  # of the only view
@@ -118,15 +118,13 @@ def main(arguments=None):
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
     for name in ("tokens", "every"):
-        if getattr(given, name) and given.file.suffix != ".npz":
+        if getattr(given, name) not in (None, False) and given.file.suffix != ".npz":
             raise ValueError(f"--{name} needs a file whose name ends in .npz, not {given.file}")
-    if given.every is not None and not 0 < given.every < float("inf"):
-        parser.error(f"--every {given.every} must be above 0")
     path, encoder, data, clip_options, protocol = open_source(config)
     if given.tokens and protocol["views"] > 1:
         raise ValueError("--tokens is for a single view, on which probes are trained: pass "
                          "--views 1")
-    if given.every and protocol["segments"] > 1:
+    if given.every is not None and protocol["segments"] > 1:
         raise ValueError("--every is for a single segment: pass --segments 1")
     if given.file.suffix != ".npz":
         write_encoder(given.file, getattr(encoder, "encoder", encoder))  # without FrameByFrame

@@ -1,6 +1,7 @@
 """Long videos as clips that begin every so many seconds."""
 
 import copy
+import math
 
 import torch
 from torch.utils.data import Dataset
@@ -19,6 +20,8 @@ class Windows(Dataset):
     def __init__(self, clips, every):
         if not hasattr(clips, "paths"):
             raise DataError(f"--every needs videos, not {clips.name} clips")
+        if not 0 < every < math.inf:
+            raise DataError(f"--every {every:g} must be a number of seconds above 0")
         self.clips, self.name, self.splits, self.protocol = (
             clips, clips.name, clips.splits, clips.protocol)
         self.class_names = clips.class_names

@@ -152,7 +152,7 @@ def test_a_flag_that_would_do_nothing_exits_with_2(flag, capsys):
     assert flag in capsys.readouterr().err
 
 
-def test_long_videos_give_a_vector_for_every_so_many_seconds(tmp_path, monkeypatch, capsys):
+def test_long_videos_give_a_vector_for_every_so_many_seconds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "film.mp4", 60, shade=4)
     extract.main(["f.npz", *PUBLISHED, "--data", "film.mp4", "--every", "0.5", "--frame-step", "2"])
@@ -167,6 +167,3 @@ def test_long_videos_give_a_vector_for_every_so_many_seconds(tmp_path, monkeypat
                         (["f.npz", "--every", "1", "--protocol", "k400"], "pass --segments 1")):
         with pytest.raises(ValueError, match=says):
             extract.main([*flags, *PUBLISHED])
-    with pytest.raises(SystemExit, match="2"):
-        extract.main(["f.npz", "--every", "0"])
-    assert "--every 0.0 must be above 0" in capsys.readouterr().err

@@ -37,5 +37,7 @@ def test_what_has_no_seconds_is_an_error(tmp_path):
     write_images(tmp_path / "frames", [f"{i:03}.png" for i in range(9)])
     with pytest.raises(DataError, match="frames: has no frame rate, which --every needs"):
         Windows(open_small(tmp_path / "frames", train=False), 1)
+    with pytest.raises(DataError, match="--every 0 must be a number of seconds above 0"):
+        Windows(open_small(tmp_path / "frames", train=False), 0)
     with pytest.raises(DataError, match="--every needs videos, not synthetic clips"):
         Windows(open_clips(["synthetic"], 4, 1, 32), 1)
