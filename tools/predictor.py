@@ -252,8 +252,8 @@ def write_surprise(model, dataset, source, file, most=5):
         titles = [f"step {step}" for step in range(2, model.encoder.grid[0] + 1)]
         csv.writer(stream).writerows([["path", "second", *titles], *rows])
     for path, second, *values in sorted(rows, key=lambda row: -max(row[2:]))[:most]:
-        print(f"{max(values):.3f} at time step {np.argmax(values) + 2} of {len(values) + 1}: {path}",
-              "" if second == "" else f"from second {second:g}")
+        print(f"{max(values):.3f} at time step {np.argmax(values) + 2} of {model.encoder.grid[0]}:",
+              path, "" if second == "" else f"from second {second:g}")
 
 
 def main(arguments=None):
