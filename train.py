@@ -350,14 +350,16 @@ def main(config, run_dir, restart=False, build=build, signals=()):
     draw_masks = partial(sample_masks, samplers, seed=config.seed)
     batches = loader(train_set, ids, workers, device.type == "cuda", draw_masks)
     bad_files = BadFiles(len(train_set), config.max_bad)
-    eval_ids = evaluation_ids(eval_set, config.eval_clips)[rank::world_size].split(micro_batch)
+    eval_ids = evaluation_ids(eval_set, config.eval_clips)
+    num_classes = {task: len(labels.unique()) for task, labels in eval_set.labels(eval_ids).items()}
+    eval_ids = eval_ids[rank::world_size].split(micro_batch)
     if rank == 0:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         print_summary(config, model, samplers, run_dir, first_step, device, [
             precision, *["compiled"] * compiled,
             *["activations checkpointed"] * config.checkpoint_activations],
             f"{world_size} processes x {micro_batch} x {accumulation}")
-    log = Log(run_dir, config, first_step, eval_set.class_names, rank, device)
+    log = Log(run_dir, config, first_step, num_classes, rank, device)
     writer, writing = ThreadPoolExecutor(1), None
     stop = False
 
@@ -410,10 +412,11 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         scaler.update()
         optimizer.zero_grad()
 
-        # The loss does not measure progress, because its targets move. These metrics do. Every
-        # process encodes its share of the clips, and all get the metrics of all clips.
+        # The loss does not measure progress, because its targets move. These metrics do, compared
+        # with those of the first step, when hardly anything is learned. Every process encodes its
+        # share of the clips, and all get the metrics of all clips.
         metrics = {}
-        if (step + 1) % config.eval_every == 0:
+        if step == 0 or (step + 1) % config.eval_every == 0:
             eval_batches = labelled(
                 loader(eval_set, [ids.tolist() for ids in eval_ids], workers,
                        device.type == "cuda", draw_masks), eval_set, bad_files, device)
