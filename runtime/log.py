@@ -205,7 +205,7 @@ def draw_curves(run_dir, num_classes):
             axis.axhline(level, color="gray", linestyle="--", linewidth=1, label=name)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
-        if len(columns) + len(levels) > 1:
+        if len(axis.lines) > 1:
             axis.legend(fontsize=8, framealpha=0.5)
     for axis in axes[0]:
         axis.set_ylim(bottom=0)

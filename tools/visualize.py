@@ -122,13 +122,13 @@ def draw_attention(images, weights, captions, title, file):
         step, extent = steps[column % len(steps)], (0, W, H, 0)  # in tokens
         if column < len(steps):
             image = images[clip, step * frames + frames // 2].mean(-1)
-            axis.imshow(image, "gray", extent=extent)
+            axis.imshow(image.numpy(), "gray", extent=extent)
             least = ordered[clip, last[clip]]
             for y, x in (weights[clip, step] >= least).nonzero().tolist():
                 axis.add_patch(Rectangle((x, y), 1, 1, fill=False, color="tab:orange"))
         else:
-            heat = axis.imshow(N * weights[clip, step], vmin=0, vmax=N * weights.max(),
-                               extent=extent)
+            heat = axis.imshow(N * weights[clip, step].numpy(), vmin=0,
+                               vmax=N * weights.max().item(), extent=extent)
         axis.set(xticks=[], yticks=[])
         axis.set_title("" if clip else f"step {step + 1}", fontsize=9)
     for axis, caption, index in zip(axes[:, 0], captions, last, strict=True):

@@ -28,11 +28,11 @@ def test_metrics_after_the_checkpoint_are_cut_and_the_rest_stays(tmp_path):
 
 
 def test_curves_are_drawn_from_what_was_measured(tmp_path):
-    file, writer = run_log.open_metrics(tmp_path / "metrics.csv", [], 0)
+    file, writer = run_log.open_metrics(tmp_path / "metrics.csv", ["class"], 0)
     for step in (1, 2):
         writer.writerow({"step": step, "loss": 0.5, "rankme": 9.0 if step == 2 else None})
     file.close()
-    run_log.draw_curves(tmp_path)
+    run_log.draw_curves(tmp_path, {"class": 4})
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -50,6 +50,8 @@ def test_three_low_evaluations_in_a_row_warn_once_with_the_usual_causes():
     assert all(cause in warning for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
     assert run_log.collapse_warning(evaluations(flat, flat, flat, flat)) is None
     assert run_log.collapse_warning(evaluations(flat, flat, flat))
+    first = {"step": "1", "std_clips": str(flat)}  # before anything is learned
+    assert run_log.collapse_warning([first, *evaluations(flat, flat)]) is None
 
 
 def test_a_run_that_collapses_says_so_once(tmp_path, monkeypatch, capsys):
@@ -64,7 +66,7 @@ def test_a_run_prints_its_evaluations_and_its_peak_memory(tmp_path, monkeypatch,
     train_here(tmp_path, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if line.startswith("step     ")]
-    assert [line.split()[1] for line in shown] == ["3", "6"]
+    assert [line.split()[1] for line in shown] == ["1", "3", "6"]
     for name in ("loss", "clips/s", "data wait", "std_clips", "rankme", "knn_motion"):
         assert f"  {name} " in shown[0]
     [memory] = [line for line in lines if line.startswith("memory ")]
@@ -74,7 +76,7 @@ def test_a_run_prints_its_evaluations_and_its_peak_memory(tmp_path, monkeypatch,
 
 def make_log(folder, rank=0):
     config = SimpleNamespace(steps=100, batch_size=4, log="")
-    return run_log.Log(folder, config, 0, [], rank, torch.device("cpu"))
+    return run_log.Log(folder, config, 0, {}, rank, torch.device("cpu"))
 
 
 def test_without_a_terminal_a_line_says_from_time_to_time_how_far_it_is(tmp_path, monkeypatch,
