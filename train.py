@@ -412,11 +412,11 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         scaler.update()
         optimizer.zero_grad()
 
-        # The loss does not measure progress, because its targets move. These metrics do, compared
-        # with those of the first step, when hardly anything is learned. Every process encodes its
-        # share of the clips, and all get the metrics of all clips.
+        # The loss does not measure progress, because its targets move. These metrics do. Two early
+        # evaluations show where they start, and that features come close to collapse before they
+        # spread. Every process encodes its share of the clips, and all get the metrics of all.
         metrics = {}
-        if step == 0 or (step + 1) % config.eval_every == 0:
+        if step + 1 in (1, 100) or (step + 1) % config.eval_every == 0:
             eval_batches = labelled(
                 loader(eval_set, [ids.tolist() for ids in eval_ids], workers,
                        device.type == "cuda", draw_masks), eval_set, bad_files, device)

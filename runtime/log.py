@@ -121,7 +121,8 @@ class Log:
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
             sys.stdout.flush()  # a log file would show it only much later
             self.printed = time.monotonic()
-        if evaluation and (warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv"))):
+        if evaluation and (warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv"),
+                                                       self.config.eval_every)):
             tqdm.write(warning, file=sys.stderr)
         if evaluation or step == self.config.steps:
             draw_curves(self.run_dir, self.num_classes)
@@ -215,12 +216,12 @@ def draw_curves(run_dir, num_classes):
     os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
 
 
-def collapse_warning(rows):
+def collapse_warning(rows, eval_every):
     """A warning if the last n = EVALS_BEFORE_WARNING evaluations among rows of metrics.csv show
-    collapse, and the one before did not, so that it is given once; else None. The first step's,
-    before which nothing could collapse, does not count."""
+    collapse, and the one before did not, so that it is given once; else None. Only those of every
+    eval_every steps count: the features have not spread in earlier ones."""
     n = EVALS_BEFORE_WARNING
-    rows = [row for row in rows if row["std_clips"] and row["step"] != "1"]
+    rows = [row for row in rows if row["std_clips"] and int(row["step"]) % eval_every == 0]
     low = [float(row["std_clips"]) < STD_FLOOR for row in rows]
     if len(low) < n or not all(low[-n:]) or any(low[-n - 1:-n]):
         return None

@@ -36,22 +36,22 @@ def test_curves_are_drawn_from_what_was_measured(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def evaluations(*stds):
+def warning(*stds, eval_every=100):
     rows = [{"step": str(i), "std_clips": ""} for i in range(len(stds))]
-    return rows + [{"step": str(100 * i), "std_clips": str(std)} for i, std in enumerate(stds)]
+    rows += [{"step": str(100 * i), "std_clips": str(std)} for i, std in enumerate(stds)]
+    return run_log.collapse_warning(rows, eval_every)
 
 
 def test_three_low_evaluations_in_a_row_warn_once_with_the_usual_causes():
     healthy, flat = 0.6, 0.2
-    assert run_log.collapse_warning(evaluations()) is None
-    assert run_log.collapse_warning(evaluations(flat, flat, healthy, flat, flat)) is None
-    warning = run_log.collapse_warning(evaluations(healthy, flat, flat, flat))
-    assert "since step 100: " in warning and "\n" not in warning
-    assert all(cause in warning for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
-    assert run_log.collapse_warning(evaluations(flat, flat, flat, flat)) is None
-    assert run_log.collapse_warning(evaluations(flat, flat, flat))
-    first = {"step": "1", "std_clips": str(flat)}  # before anything is learned
-    assert run_log.collapse_warning([first, *evaluations(flat, flat)]) is None
+    assert warning() is None
+    assert warning(flat, flat, healthy, flat, flat) is None
+    text = warning(healthy, flat, flat, flat)
+    assert "since step 100: " in text and "\n" not in text
+    assert all(cause in text for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
+    assert warning(flat, flat, flat, flat) is None
+    assert warning(flat, flat, flat)
+    assert warning(flat, flat, flat, eval_every=200) is None  # an early one does not count
 
 
 def test_a_run_that_collapses_says_so_once(tmp_path, monkeypatch, capsys):
