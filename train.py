@@ -92,7 +92,7 @@ class Config:
     schedule_stretch: float = flag(1.0, "lengthen schedules beyond --steps", least=1, most=1000)
     clip_grad: float = flag(10.0, "largest gradient norm, for encoder and predictor each", above=0)
     seed: int = flag(0, "seed of weights, clips, crops and masks", least=0)
-    eval_every: int = flag(500, "steps between evaluations of the features", least=1)
+    eval_every: int = flag(500, "steps between evaluations, besides those after 1 and 100", least=1)
     eval_clips: int = flag(128, "clips used for these evaluations", least=2, most=10e6)
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)

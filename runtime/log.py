@@ -192,7 +192,7 @@ def draw_curves(run_dir, num_classes):
         ("effective rank of features", ["rankme"], {}),
         ("gradient norm", ["grad_norm_encoder", "grad_norm_predictor"], {}),
         ("learning rate", ["lr"], {}), ("weight decay", ["weight_decay"], {}),
-        ("momentum of the target encoder", ["momentum"], {})]
+        ("target encoder's momentum", ["momentum"], {})]
     figure = Figure(figsize=(8.5, 6.5))
     # A layout engine would take as long as all the rest.
     figure.subplots_adjust(0.06, 0.07, 0.99, 0.96, wspace=0.25, hspace=0.3)
@@ -207,9 +207,9 @@ def draw_curves(run_dir, num_classes):
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
         if len(axis.lines) > 1:
-            axis.legend(fontsize=8, framealpha=0.5)
-    for axis in axes[0]:
-        axis.set_ylim(bottom=0)
+            axis.legend(fontsize=8, loc="upper right")
+    for axis, room in zip(axes[0], (1, 1.6, 1.6), strict=True):  # for the legend
+        axis.set_ylim(0, room * axis.get_ylim()[1])
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step", fontsize=9)
     figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
