@@ -36,7 +36,7 @@ from runtime.source import SourceConfig, open_source, open_splits, read_batches
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from tools.visualize import tokens_to_pixels, without_noise
 from video.decode import denormalize
-from video.synthetic import EVENTS, SHAPES, Synthetic
+from video.synthetic import EVENTS, SHAPES
 from video.windows import Windows
 
 SURPRISE_CLIPS = 500
