@@ -27,7 +27,7 @@ from video.synthetic import Synthetic
 from video.workers import start_worker
 
 
-def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=1.0,
+def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=0.5,
                **options):
     """The data set that the paths (list of str) point to; options as in VideoClips.
 

@@ -59,7 +59,7 @@ class Config:
     init: str = flag("", "start from the weights of a run or checkpoint, published ones too")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
-    noise: float = flag(1.0, "std of the noise over synthetic clips", least=0, most=1000)
+    noise: float = flag(0.5, "std of the noise over synthetic clips", least=0, most=1000)
     img_size: int = flag(224, "height and width of a clip, pixels", least=1, most=4096)
     num_frames: int = flag(16, "frames per clip", least=1, most=4096)
     frame_step: int = flag(4, "take every n-th frame of a video", least=1)
@@ -114,9 +114,9 @@ class Config:
 PRESETS = {
     "tiny": Config(
         img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
-        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, lr=2e-3,
-        momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
-        micro_batch=0),
+        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, warmup=0.05,
+        lr=2e-3, lr_end=5e-4, momentum_start=0.98, momentum_schedule="constant", eval_every=400,
+        eval_clips=512, micro_batch=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr=5e-4, eval_every=100, micro_batch=0),

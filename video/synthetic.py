@@ -59,7 +59,7 @@ class Synthetic(torch.utils.data.Dataset):
     class_names = {"motion": MOTIONS, "appearance": SHAPES}
     splits = {"train": 2000, "val": 1000, "test": 1000}  # labelled clips; pretraining uses more
 
-    def __init__(self, num_frames, img_size, seed=0, split="train", noise=1.0):
+    def __init__(self, num_frames, img_size, seed=0, split="train", noise=0.5):
         self.num_frames, self.img_size, self.seed, self.split = num_frames, img_size, seed, split
         self.noise = noise
         self.cell = max(4, round(0.22 * img_size))  # a glyph's height and width, pixels
