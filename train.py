@@ -93,7 +93,7 @@ class Config:
     schedule_stretch: float = flag(1.0, "lengthen schedules beyond --steps", least=1, most=1000)
     clip_grad: float = flag(10.0, "largest gradient norm, for encoder and predictor each", above=0)
     seed: int = flag(0, "seed of weights, clips, crops and masks", least=0)
-    eval_every: int = flag(500, "steps between evaluations of the features", least=1)
+    eval_every: int = flag(500, "steps between evaluations, besides those after 1 and 100", least=1)
     eval_clips: int = flag(128, "clips used for these evaluations", least=2, most=10e6)
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)
@@ -377,14 +377,16 @@ def main(config, run_dir, restart=False, build=build, signals=()):
     draw_masks = partial(sample_masks, samplers, seed=config.seed)
     batches = loader(train_set, ids, workers, device.type == "cuda", draw_masks)
     bad_files = BadFiles(len(train_set), config.max_bad)
-    eval_ids = evaluation_ids(eval_set, config.eval_clips)[rank::world_size].split(micro_batch)
+    eval_ids = evaluation_ids(eval_set, config.eval_clips)
+    num_classes = {task: len(labels.unique()) for task, labels in eval_set.labels(eval_ids).items()}
+    eval_ids = eval_ids[rank::world_size].split(micro_batch)
     if rank == 0:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         print_summary(config, model, samplers, run_dir, first_step, device, [
             precision, *["compiled"] * compiled,
             *["activations checkpointed"] * config.checkpoint_activations],
             f"{world_size} processes x {micro_batch} x {accumulation}")
-    log = Log(run_dir, config, first_step, eval_set.class_names, rank, device)
+    log = Log(run_dir, config, first_step, num_classes, rank, device)
     writer, writing = ThreadPoolExecutor(1), None
     stop = False
 
@@ -437,10 +439,11 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         scaler.update()
         optimizer.zero_grad()
 
-        # The loss does not measure progress, because its targets move. These metrics do. Every
-        # process encodes its share of the clips, and all get the metrics of all clips.
+        # The loss does not measure progress, because its targets move. These metrics do. Two early
+        # evaluations show where they start, and that features come close to collapse before they
+        # spread. Every process encodes its share of the clips, and all get the metrics of all.
         metrics = {}
-        if (step + 1) % config.eval_every == 0:
+        if step + 1 in (1, 100) or (step + 1) % config.eval_every == 0:
             eval_batches = labelled(
                 loader(eval_set, [ids.tolist() for ids in eval_ids], workers,
                        device.type == "cuda", draw_masks), eval_set, bad_files, device)
