@@ -250,7 +250,7 @@ def try_pass(model, optimizer, samplers, img_size, autocast, device, size):
         # first step on, AdamW's two averages.
         room = [torch.empty_like(p) for p in trained for _ in range(1 if optimizer.state else 3)]
         clips, masks = to_device(batch, device)
-        # Compiling for sizes that are only tried would take longer than running, and no less room.
+        # Not compiled: that takes longer, for every size, and compiled blocks need no more memory.
         with torch.compiler.set_stance("force_eager"):
             with autocast:
                 loss = model(clips, masks)
