@@ -19,13 +19,11 @@ the same command continues with the epoch that was lost.
 
 import argparse
 import math
-import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import runtime  # noqa: F401 (before torch)
 import numpy as np
@@ -37,13 +35,14 @@ from torch import nn
 from data import DataError, epoch_order
 from model import MLP, init_weights
 from runtime import feature_file, report, resume
-from runtime.device import (DTYPES, all_gather, gather_rows, pick_device, pick_precision,
-                            rendezvous)
+from runtime.device import all_gather, pick_device, process, rendezvous
+from runtime.encoding import Features, encode, gather, only_mean
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, progress
 from runtime.metrics import accuracy, knn_votes, standardize
 from runtime.source import (SourceConfig, check_memory, memory_of_tokens, open_source, open_splits,
-                            random_init_encoder, read_batches, read_clips, samples_per_batch)
+                            random_init_encoder, read_clips)
+from runtime.streaming import predict_stream, train_epoch
 from runtime.weights import CheckpointError, load_checkpoint, load_strictly, state_dict
 from video.playback import TASKS
 
@@ -139,6 +138,12 @@ class AttentiveProbe(nn.Module):
     def forward(self, features):
         return self.linear(self.pooler(features))
 
+    @torch.no_grad()
+    def predict(self, tokens):
+        """Class probabilities, averaged over views: (b, V, N, D) -> (b, classes), on the CPU."""
+        logits = self(tokens.flatten(0, 1).to(self.linear.weight.device, torch.float32))
+        return logits.softmax(-1).unflatten(0, tokens.shape[:2]).mean(1).cpu()
+
     @classmethod
     def from_checkpoint(cls, path, num_heads):
         """A published probe, in eval mode; num_heads: the encoder's (ViT-L and ViT-H: 16).
@@ -221,77 +226,6 @@ def fit_attentive(fit, tokens):
     return fit.probe.eval()
 
 
-def train_epoch(fits, encoders, dataset, sample_ids, epoch, bad_files, config, device):
-    """Train attentive probes for an epoch on clips that are encoded anew, of which nothing is kept.
-
-    Reading and encoding take nearly all of the time, so every encoded clip is handed to all probes.
-    A probe whose batch is not complete only adds up gradients; it gets the same weights as from
-    tokens in memory. With several processes, each encodes its share of the clips of every step.
-    fits: {(encoder's name, ...): AttentiveFit}; sample_ids: of all clips, int64 (m,), ascending.
-    """
-    rank, world_size = process()
-    fits = {key: fit for key, fit in fits.items() if epoch < fit.epochs}
-    batch_of = {}  # per probe, the batch that a clip belongs to; -1: none
-    for key, fit in fits.items():
-        batch_of[key] = torch.full((len(sample_ids),), -1)
-        for number, batch in enumerate(fit.batches(epoch)):
-            batch_of[key][batch] = number
-    needed = torch.stack(list(batch_of.values())).amax(0) >= 0
-    order = torch.from_numpy(epoch_order(0, epoch, len(sample_ids)))
-    chunks = order[needed[order]].split(world_size * samples_per_batch(dataset, config))
-    batches = [sample_ids[chunk[rank::world_size]].tolist() for chunk in chunks]
-    read = read_batches(dataset, batches, bad_files, config, device, f"epoch {epoch + 1}")
-
-    seen = dict.fromkeys(fits, 0)  # clips of the current batch, by all processes
-    for chunk, (read_ids, clips) in zip(chunks, read, strict=True):
-        ids = torch.searchsorted(sample_ids, torch.tensor(read_ids, dtype=torch.int64))
-        for name in dict.fromkeys(name for name, *_ in fits):
-            if read_ids:  # a process may have no clip of a chunk
-                tokens = to_float16(encode_batch(encoders[name], clips))[:, 0]  # (b, N, D)
-            for key, fit in fits.items():
-                if key[0] != name:
-                    continue
-                numbers = batch_of[key][chunk]
-                for number in numbers[numbers >= 0].unique():
-                    part = (batch_of[key][ids] == number).nonzero()[:, 0]
-                    if len(part):
-                        fit.add(tokens[part.to(device)], ids[part])
-                    seen[key] += int((numbers == number).sum())
-                    if seen[key] == fit.batch_size:  # in all processes at the same time
-                        fit.step()
-                        seen[key] = 0
-
-
-@torch.no_grad()
-def predict_stream(fits, folds, encoders, dataset, sample_ids, bad_files, config, device):
-    """Encode test clips and predict their classes with all probes: {key: {"attentive": (m,)}}.
-
-    folds: of each the train_ids and test_ids; a key ends with the number of its fold. Others as in
-    train_epoch. Raises DataError if a file has become unreadable.
-    """
-    rank, world_size = process()
-    predicted = torch.full((len(fits), len(sample_ids)), -1, device=device)
-    is_test = [torch.zeros(len(sample_ids), dtype=torch.bool) for _ in folds]
-    for mask, (_, test_ids) in zip(is_test, folds, strict=True):
-        mask[test_ids] = True
-    own_ids = sample_ids[rank::world_size].tolist()
-    for read_ids, clips in read_clips(dataset, own_ids, bad_files, config, device, "predicting"):
-        ids = torch.searchsorted(sample_ids, torch.tensor(read_ids))
-        for name in dict.fromkeys(name for name, *_ in fits):
-            tokens = to_float16(encode_batch(encoders[name], clips))  # (b, V, N, D)
-            for row, (key, fit) in zip(predicted, fits.items(), strict=True):
-                part = is_test[key[-1]][ids].nonzero()[:, 0]
-                if key[0] == name and len(part):
-                    scores = predict(fit.probe, [tokens[part.to(device)]])
-                    row[ids[part].to(device)] = scores.argmax(1).to(device)
-    if world_size > 1:
-        dist.all_reduce(predicted, dist.ReduceOp.MAX)  # a clip is -1 where it was not encoded
-    found = {key: row[folds[key[-1]][1]] for key, row in zip(fits, predicted.cpu(), strict=True)}
-    if any((classes < 0).any() for classes in found.values()):
-        raise DataError("test clips, listed above, have become unreadable during the evaluation")
-    return {key: {"attentive": classes} for key, classes in found.items()}
-
-
 def attentive_fits(train, labels, class_names, fractions, seeds, folds, num_heads, device):
     """The attentive probes of an evaluation, untrained: {(encoder, task, fraction, seed, fold):
     AttentiveFit}. Motion energy gets none; others as in main."""
@@ -311,34 +245,9 @@ def attentive_fits(train, labels, class_names, fractions, seeds, folds, num_head
     return fits
 
 
-def identity(config, encoder, clip_options, *splits):
-    """What an evaluation's progress depends on; splits: pairs of a data set and its sample ids."""
-    free = ("checkpoint", "data", "test_data", "out", "batch_size", "max_bad", "workers", "device",
-            "tokens")
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
-    clips = [resume.digest(dataset.labels(sample_ids).values(), map(dataset.path, sample_ids))
-             for dataset, sample_ids in splits]
-    return {"configuration": settings | clip_options, "list of clips": clips,
-            "encoder": resume.digest(encoder.state_dict().values())}
-
-
 def output_folder(config, path):
     """Where results go: beside the checkpoint, or into --out."""
     return Path(config.out or (path if path.is_dir() else path.parent))
-
-
-def process():
-    """Rank of this process, and number of processes."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@torch.no_grad()
-def predict(probe, batches):
-    """Class probabilities, averaged over the views: tokens (b, V, N, D), ... -> (n, classes)."""
-    device = probe.linear.weight.device
-    return torch.cat([
-        probe(tokens.flatten(0, 1).to(device, torch.float32)).softmax(-1)
-        .unflatten(0, tokens.shape[:2]).mean(1).cpu() for tokens in batches])
 
 
 def fit_linear(features, labels, decay, num_classes):
@@ -382,7 +291,8 @@ def split_for_validation(labels, generator):
 
 def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads, fraction=1.0,
                seed=0, probes=PROBES, device="cpu"):
-    """Train probes on one task: {probe: predicted classes of the test clips (m,)}.
+    """Train probes on one task -> {probe: predicted classes of the test clips (m,)}, and the
+    AttentiveProbe, or None.
 
     train, test: Features; train_ids (n,), test_ids (m,): which of their clips; labels: of `train`.
     Probes are trained on the first view, normally the only one, and tested on all views. Each fits
@@ -394,13 +304,14 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
     ids = train_ids[balanced_subset(labels[train_ids], fraction, generator)]
     fit, val = split_for_validation(labels[ids], generator)
     mean, mean_test = standardize(train.mean[ids, 0], test.mean[test_ids])  # (n, D) (m, V, D)
-    predicted = {}
+    predicted, attentive_probe = {}, None
 
     if "attentive" in probes and train.tokens.shape[2] > 1:
-        probe = fit_attentive(AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes,
-                                           seed, device), train.tokens[:, 0])
-        scores = predict(probe, (test.tokens[part] for part in test_ids.split(64)))
-        predicted["attentive"] = scores.argmax(1)
+        attentive_probe = fit_attentive(
+            AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes, seed, device),
+            train.tokens[:, 0])
+        scores = [attentive_probe.predict(test.tokens[part]) for part in test_ids.split(64)]
+        predicted["attentive"] = torch.cat(scores).argmax(1)
 
     # These need no tokens. With CUDA they run there: LBFGS on Kinetics takes a CPU hours.
     place = device if torch.device(device).type == "cuda" else "cpu"
@@ -417,7 +328,7 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
             knn_scores(mean[fit], labels[fit], mean[val], k).argmax(1), labels[val]))
         votes = knn_scores(mean, labels, mean_test.flatten(0, 1), best)
         predicted["knn"] = votes.unflatten(0, mean_test.shape[:2]).sum(1).argmax(1).cpu()
-    return predicted
+    return predicted, attentive_probe
 
 
 def knn_scores(train, labels, test, k):
@@ -440,72 +351,6 @@ def motion_energy(clips):
     gray = clips.mean(1).cpu()  # (B, T, H, W); MPS cannot pool in 3-D
     differences = (gray[:, 1:] - gray[:, :-1]).abs() if gray.shape[1] > 1 else gray * 0
     return F.adaptive_avg_pool3d(differences, (4, 8, 8)).flatten(1)[:, None]
-
-
-class Features(NamedTuple):
-    """Frozen features of n clips, in main memory; the N tokens of a view are those of one segment
-    after another."""
-
-    tokens: torch.Tensor | None  # (n, V, N, D) float16; None: not kept
-    mean: torch.Tensor  # (n, V, D) float32: the mean over the tokens
-
-
-@torch.no_grad()
-def encode_batch(encoder, clips):
-    """Clips (B, V, S, C, T, H, W) -> tokens (B, V, S * N, D) float32; on CUDA in half precision."""
-    precision = pick_precision("auto", clips.device)
-    with torch.autocast(clips.device.type, DTYPES[precision], precision != "fp32"):
-        tokens = encoder(clips.flatten(0, 2)).float()  # (B * V * S, N, D)
-    return tokens.unflatten(0, clips.shape[:3]).flatten(2, 3)
-
-
-def to_float16(tokens):
-    """Half of the memory. Raises DataError if the values do not fit."""
-    if tokens.abs().max() > torch.finfo(torch.float16).max:
-        raise DataError("features exceed the range of float16: is this encoder trained?")
-    return tokens.half()
-
-
-def encode(encoders, batches, num_clips, keep_tokens=True):
-    """Encode clips with all encoders -> {name: Features}, and a list of the clips' sample ids.
-
-    encoders: {name: function from clips (B, C, T, H, W) to tokens (B, N, D)}; batches: as from
-    source.read_clips, num_clips in all; keep_tokens: not only their mean. Raises DataError.
-    """
-    features, encoded_ids = {}, []
-    for sample_ids, clips in batches:
-        rows = slice(len(encoded_ids), len(encoded_ids) + len(sample_ids))
-        encoded_ids += sample_ids
-        for name, encoder in encoders.items():
-            tokens = encode_batch(encoder, clips)
-            half = to_float16(tokens)
-            if name not in features:  # now the shape of its tokens is known
-                _, V, N, D = tokens.shape
-                features[name] = Features(
-                    torch.empty(num_clips, V, N if keep_tokens else 0, D, dtype=torch.float16),
-                    torch.empty(num_clips, V, D))
-            features[name].mean[rows] = tokens.mean(2).cpu()
-            if keep_tokens:
-                features[name].tokens[rows] = half.cpu()
-    if not encoded_ids:
-        raise DataError("none of the clips can be read")
-    return {name: Features(kept.tokens[:len(encoded_ids)], kept.mean[:len(encoded_ids)])
-            for name, kept in features.items()}, encoded_ids
-
-
-def gather(features, encoded_ids, device):
-    """Means of the clips that all processes have encoded, in the order of their sample ids."""
-    if not dist.is_initialized():
-        return features, encoded_ids
-    ids = gather_rows([torch.tensor(encoded_ids)], device).cpu()
-    order = ids.argsort()
-    return {name: only_mean(gather_rows([kept.mean], device).cpu()[order])
-            for name, kept in features.items()}, ids[order].tolist()
-
-
-def only_mean(mean):
-    """Features whose tokens were not kept: mean (n, V, D)."""
-    return Features(mean[:, :, None, :][:, :, :0], mean)
 
 
 def positions(encoded_ids, sample_ids):
@@ -572,13 +417,10 @@ def main(config):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank,
                                     world_size=world_size, store=rendezvous(),
                                     timeout=timedelta(days=1))
-        progress_file, saved = output_folder(config, path) / "probe-progress.pt", None
-        made_with = identity(config, encoder, clip_options | protocol, (train_set, train_ids),
-                             (test_set, test_ids))
-        if config.tokens != "memory":
-            saved = resume.load(progress_file, made_with)
-        if len(set(all_gather(saved and saved["epoch"]))) > 1:
-            raise DataError(f"{progress_file}: all machines must share this file")
+        progress_file = output_folder(config, path) / "probe-progress.pt"
+        made_with = resume.identity(config, encoder, clip_options | protocol,
+                                    (train_set, train_ids), (test_set, test_ids))
+        saved = None if config.tokens == "memory" else resume.load(progress_file, made_with)
 
         # Do all tokens fit into memory? Else only their means are kept.
         count = protocol["segments"] * (len(train_ids) + protocol["views"] * len(test_ids))
@@ -621,7 +463,7 @@ def main(config):
     fractions = sorted({1.0, *config.label_fraction}, reverse=True)
 
     # Attentive probes whose tokens are not in memory: one epoch of all of them after the other.
-    streamed = {}  # {(encoder, task, fraction, seed, fold): {"attentive": predicted classes}}
+    fits, streamed = {}, {}  # {(encoder, task, fraction, seed, fold): probe, predicted classes}
     if streaming and attentive:
         fits = attentive_fits(train, train_labels, class_names, fractions, config.seeds, folds,
                               num_heads, device)
@@ -647,6 +489,7 @@ def main(config):
     scores = {}  # {(task, probe, column of the table): accuracies (seeds, folds)}
     confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
                  for task, names in class_names.items()}  # row: true class
+    kept = {}  # {task: attentive probe on the trained encoder, all labels, first seed and fold}
     for name in progress(train, "probing", len(train)):
         probes = [probe for probe in config.probes
                   if probe != "attentive" or name != "motion_energy"]
@@ -655,10 +498,11 @@ def main(config):
                 column = report.column(name, fraction)
                 for seed in range(config.seeds):
                     for fold, (train_rows, test_rows) in enumerate(folds):
-                        found = streamed.get((name, task, fraction, seed, fold), {})
-                        predicted = found | fit_probes(
+                        key = name, task, fraction, seed, fold
+                        predicted, attentive_probe = fit_probes(
                             train[name], train_rows, train_labels[task], test[name], test_rows,
                             len(names), num_heads, fraction, seed, probes, device)
+                        predicted = streamed.get(key, {}) | predicted
                         labels = test_labels[task][test_rows]
                         for probe, classes in predicted.items():
                             table = scores.setdefault((task, probe, column),
@@ -667,11 +511,17 @@ def main(config):
                         if column == "trained" and "attentive" in predicted:
                             confusion[task].index_put_((labels, predicted["attentive"]),
                                                        torch.tensor(1), accumulate=True)
+                            if seed == fold == 0:
+                                kept[task] = fits[key].probe if fits else attentive_probe
 
-    # Tables, probe.json and confusion.png.
-    results = report.write(output_folder(config, path), scores, confusion, class_names,
-                           config.label_fraction,
-                           asdict(config) | {"checkpoint": str(path), "data": data})
+    # Tables, probe.json and confusion.png; and an attentive probe per task, for tools.classify.
+    folder = output_folder(config, path)
+    settings = asdict(config) | {"checkpoint": str(path), "data": data}
+    results = report.write(folder, scores, confusion, class_names, config.label_fraction, settings)
+    for task, attentive_probe in kept.items():
+        resume.save(folder / f"probe-{task}.pt", {
+            "classifier": attentive_probe.state_dict(), "num_heads": num_heads, "task": task,
+            "classes": class_names[task], "config": settings})
     if streaming:
         progress_file.unlink()
     return results

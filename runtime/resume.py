@@ -4,8 +4,12 @@ import hashlib
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
+
+from data import DataError
+from runtime.device import all_gather
 
 
 @contextmanager
@@ -37,6 +41,17 @@ def digest(tensors, texts=()):
     return found.hexdigest()
 
 
+def identity(config, encoder, clip_options, *splits):
+    """What an evaluation's progress depends on; splits: pairs of a data set and its sample ids."""
+    free = ("checkpoint", "data", "test_data", "out", "batch_size", "max_bad", "workers", "device",
+            "tokens")
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    clips = [digest(dataset.labels(sample_ids).values(), map(dataset.path, sample_ids))
+             for dataset, sample_ids in splits]
+    return {"configuration": settings | clip_options, "list of clips": clips,
+            "encoder": digest(encoder.state_dict().values())}
+
+
 def save(file, state):
     """Write progress, of tensors and plain containers. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +61,15 @@ def save(file, state):
 
 def load(file, made_with):
     """The progress in a file, or None if there is none, or none that was made with these settings,
-    a dict: then a note says so."""
-    if not file.exists():
-        return None
+    a dict: then a note says so. Raises DataError if not all processes find the same."""
+    saved = read(file, made_with) if file.exists() else None
+    if len(set(all_gather(saved and saved["epoch"]))) > 1:
+        raise DataError(f"{file}: all machines must share this file")
+    return saved
+
+
+def read(file, made_with):
+    """load, for a file that exists."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = saved["made_with"]

@@ -17,6 +17,7 @@ import torch
 
 import ema
 import train
+from model import VisionTransformer
 from video.synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
@@ -160,3 +161,9 @@ def same(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def small_encoder():
+    """An encoder of 8 tokens of 24 channels for clips of 4 frames of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    return VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval()

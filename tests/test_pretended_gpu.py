@@ -14,6 +14,7 @@ import train
 from baselines import dino, ijepa, mae, masks, no_stop_gradient, videomae, videomae2
 from data import to_device
 from masks import sample_masks
+from runtime.encoding import encode_batch
 from tests.runs import FAST
 from tools import predictor
 from video.decode import Batch
@@ -68,12 +69,12 @@ def test_every_method_computes_its_loss_on_the_device_and_moves_its_target(metho
 def test_encoding_and_probes_stay_on_the_device(gpu):
     model, _ = built(train)
     clips = torch.zeros(2, 3, 2, *to_shape(model), device=GPU)  # (B, V, S, C, T, H, W)
-    tokens = probe.encode_batch(model.target_encoder, clips)
+    tokens = encode_batch(model.target_encoder, clips)
     assert tokens.device == GPU and tokens.shape[:2] == (2, 3)
     with torch.device(GPU):
         attentive = probe.AttentiveProbe(tokens.shape[-1], 2, 5)
     assert attentive(tokens[:, 0]).device == GPU
-    assert probe.predict(attentive, [tokens]).device == torch.device("cpu")
+    assert attentive.predict(tokens).device == torch.device("cpu")
     assert probe.middle_frame(clips[:, 0, 0]).device == GPU
     assert probe.motion_energy(clips[:, 0, 0]).device == torch.device("cpu")  # for MPS
 

@@ -15,12 +15,10 @@ from torch import nn
 
 import probe
 import train
-from data import open_clips
-from model import VisionTransformer
 from runtime import source
-from runtime.loading import BadFiles
+from runtime.encoding import Features
 from runtime.metrics import accuracy, knn_votes
-from runtime.source import SourceConfig, random_init_encoder, read_clips
+from runtime.source import random_init_encoder
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
 from tools import extract
@@ -152,11 +150,12 @@ def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
     labels["absent"] = labels["absent"][torch.randperm(300, generator=generator)]
     tokens = torch.randn(300, 2, 6, 12, generator=generator)  # two views
     tokens[:, :, 2, :3] += 12 * nn.functional.one_hot(labels["there"], 3)[:, None]
-    two_views = probe.Features(tokens.half(), tokens.mean(2))
-    one_view = probe.Features(two_views.tokens[:, :1], two_views.mean[:, :1])
+    two_views = Features(tokens.half(), tokens.mean(2))
+    one_view = Features(two_views.tokens[:, :1], two_views.mean[:, :1])
     ids = torch.arange(300)
     for task in labels:
-        predicted = probe.fit_probes(one_view, ids[:200], labels[task], two_views, ids[200:], 3, 2)
+        predicted, _ = probe.fit_probes(one_view, ids[:200], labels[task], two_views, ids[200:],
+                                        3, 2)
         assert set(predicted) == {"attentive", "linear", "knn"}
         for classes in predicted.values():
             score = accuracy(classes, labels[task][200:])
@@ -166,7 +165,7 @@ def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
 def test_every_probe_fits_all_labels_and_no_other(monkeypatch):
     """Whatever is held out to choose hyper-parameters is fitted in the end."""
     labels, used = torch.arange(200) % 2, torch.arange(40, 140)
-    features, seen = probe.Features(torch.randn(200, 1, 3, 4).half(), torch.randn(200, 1, 4)), []
+    features, seen = Features(torch.randn(200, 1, 3, 4).half(), torch.randn(200, 1, 4)), []
     add = probe.AttentiveFit.add
 
     def watched(self, tokens, ids):
@@ -195,59 +194,8 @@ def test_the_softmax_is_averaged_over_views():
     fit = probe.AttentiveFit(torch.arange(100), labels, 4, 1, 2)
     fitted = probe.fit_attentive(fit, tokens[:, 0])
     both = torch.stack([tokens[:2, 0], tokens[1:3, 0]], dim=1)  # clips 0 and 1, then 1 and 2
-    alone = probe.predict(fitted, [tokens[:2], tokens[2:3]])
-    torch.testing.assert_close(probe.predict(fitted, [both]), (alone[:2] + alone[1:]) / 2)
-
-
-def encode_videos(encoders, videos, sample_ids=range(12), keep_tokens=True, **options):
-    dataset = open_clips([str(videos)], 4, 1, 16, train=False, **options)
-    clips = read_clips(dataset, sample_ids, BadFiles(12), SourceConfig(workers=0, batch_size=5),
-                       torch.device("cpu"))
-    return dataset, *probe.encode(encoders, clips, len(sample_ids), keep_tokens)
-
-
-def small_encoder():
-    torch.manual_seed(0)
-    return VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval()
-
-
-def test_features_are_those_of_the_encoder(videos):
-    encoder = small_encoder()
-    encoders = {"trained": encoder, "still": lambda clips: encoder(probe.middle_frame(clips))}
-    dataset, features, sample_ids = encode_videos(encoders, videos)
-    assert sample_ids == [i for i in range(12) if i != 9]  # b/3.mp4 is a text file
-    for name, encode in encoders.items():
-        assert features[name].tokens.dtype == torch.float16
-        for row, sample_id in enumerate(sample_ids):
-            expected = encode(dataset[sample_id][None])
-            ours = features[name].tokens[row].float()
-            torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)  # float16
-            torch.testing.assert_close(features[name].mean[row], expected.mean(1))
-    _, means, _ = encode_videos(encoders, videos, keep_tokens=False)
-    torch.testing.assert_close(means["still"].mean, features["still"].mean)
-    assert means["still"].tokens.numel() == 0
-
-
-def test_segments_follow_each_other_in_a_view(videos):
-    encoder = small_encoder()
-    dataset, features, _ = encode_videos({"trained": encoder}, videos, [5], segments=3, views=2)
-    tokens, views = features["trained"].tokens, dataset[5]  # (2, 3, 3, 4, 16, 16)
-    assert tokens.shape == (1, 2, 3 * 8, 24)
-    for view in range(2):
-        for segment in range(3):
-            expected = encoder(views[view, segment][None])[0]
-            ours = tokens[0, view, 8 * segment:8 * segment + 8].float()
-            torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
-
-
-def test_features_beyond_float16_are_an_error(videos):
-    with pytest.raises(DataError, match="exceed the range of float16"):
-        encode_videos({"loud": lambda clips: torch.full((len(clips), 2, 3), 1e5)}, videos)
-
-
-def test_clips_that_are_all_unreadable_are_an_error(videos):
-    with pytest.raises(DataError, match="none of the clips can be read"):
-        encode_videos({"trained": small_encoder()}, videos, [9])
+    alone = fitted.predict(tokens[:3])
+    torch.testing.assert_close(fitted.predict(both), (alone[:2] + alone[1:]) / 2)
 
 
 def test_a_middle_frame_has_no_motion_and_motion_energy_nothing_else():
@@ -411,52 +359,6 @@ def test_real_video_is_probed_by_groups_and_unreadable_files_are_reported_once(v
     content = json.loads((tmp_path / "runs/real/probe.json").read_text())
     row = content["results"]["class"]["linear"]
     assert 0 <= row["trained"] <= 1 and row["trained_folds_std"] >= 0
-
-
-def cut(path, **options):
-    """The test videos as a data set, without the unreadable one, and their sample ids."""
-    dataset = open_clips([str(path)], 4, 1, 16, train=False, **options)
-    return dataset, torch.tensor([i for i in range(12) if i != 9])
-
-
-def test_streaming_gives_the_weights_of_tokens_in_memory(videos, monkeypatch):
-    """Also of probes that train on other clips, for more epochs, or on another encoder."""
-    monkeypatch.setattr(probe, "MIN_STEPS", 24)
-    dataset, sample_ids = cut(videos, segments=2)
-    encoder, config = small_encoder(), SourceConfig(workers=0, batch_size=6)  # 3 clips at a time
-    encoders = {"trained": encoder, "still": lambda clips: encoder(probe.middle_frame(clips))}
-    clips = read_clips(dataset, sample_ids.tolist(), BadFiles(12), config, torch.device("cpu"))
-    features, _ = probe.encode(encoders, clips, 11)
-    labels = dataset.labels(sample_ids)["class"]
-    parts = {("trained", 0): range(11), ("trained", 1): range(1, 11, 2), ("still", 0): range(4, 9)}
-
-    def fits():
-        made = {(name, seed): probe.AttentiveFit(torch.tensor(part), labels, 24, 2, 2, seed)
-                for (name, seed), part in parts.items()}
-        made["trained", 1].batch_size, made["trained", 1].steps = 2, 2  # other steps, other epochs
-        made["trained", 1].epochs = 12
-        return made
-    streamed, in_memory = fits(), fits()
-    for epoch in range(max(fit.epochs for fit in streamed.values())):
-        probe.train_epoch(streamed, encoders, dataset, sample_ids, epoch, BadFiles(12), config,
-                          torch.device("cpu"))
-    for (name, seed), fit in in_memory.items():
-        expected = probe.fit_attentive(fit, features[name].tokens[:, 0]).state_dict()
-        start = fits()[name, seed].probe.state_dict()
-        assert not torch.equal(start["linear.weight"], expected["linear.weight"])
-        ours = streamed[name, seed].probe.state_dict()
-        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
-
-
-def test_only_clips_that_a_probe_needs_are_encoded(videos):
-    dataset, sample_ids = cut(videos)
-    seen, labels = [], dataset.labels(sample_ids)["class"]
-    encoder = small_encoder()
-    fits = {("trained",): probe.AttentiveFit(torch.tensor([2, 9]), labels, 24, 2, 2)}
-    probe.train_epoch(fits, {"trained": lambda clips: seen.append(len(clips)) or encoder(clips)},
-                      dataset, sample_ids, 0, BadFiles(12), SourceConfig(workers=0),
-                      torch.device("cpu"))
-    assert seen == [2]
 
 
 def list_of(videos, count):
