@@ -58,12 +58,14 @@ def split_program(words):
 def commands(job, train_flags=()):
     """-> the run's Config, its folder, and the commands that train and evaluate it."""
     program, own_flags = split_program(RUNS[job.run].split())
-    mark = f"-{crc32(' '.join(train_flags).encode()):x}" if train_flags else ""
-    name = f"ablations-{job.run}-lr{job.lr:g}-seed{job.seed}{mark}"
+    # The whole schedule is scaled with its peak; at 2e-3 it is that of preset tiny.
     flags = [*BASE, *train_flags, *own_flags, "--seed", str(job.seed), "--lr", f"{job.lr:g}",
-             "--lr-start", f"{job.lr / 10:g}", "--name", name]
+             "--lr-start", f"{job.lr / 10:g}", "--lr-end", f"{job.lr / 4:g}"]
     module = importlib.import_module(program[-1].removesuffix(".py"))
-    config, run_dir, _ = train.parse_args(flags, module.Config)
+    config, *_ = train.parse_args(flags, module.Config)
+    # Another configuration, by flags or by changed defaults, is another run.
+    name = f"ablations-{job.run}-lr{job.lr:g}-seed{job.seed}-{crc32(repr(config).encode()):08x}"
+    flags, run_dir = [*flags, "--name", name], Path("runs", name)
 
     is_trial = job.seed == TRIAL_SEED
     few_labels = job.run in TABLES[6].runs and not is_trial
