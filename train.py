@@ -38,13 +38,12 @@ from masks import MultiBlockMask, sample_masks
 from model import VJEPA, Block
 from runtime import checkpoint
 from runtime.device import (DTYPES, all_gather, can_compile, largest_micro_batch, pick_device,
-                            pick_precision, rendezvous)
+                            pick_precision, rendezvous, try_pass)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, num_workers
 from runtime.log import Log, check_logger, print_summary
 from runtime.metrics import evaluation_ids, feature_metrics
 from runtime.weights import CheckpointError, init_networks
-from video.decode import Batch
 
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
 
@@ -237,27 +236,6 @@ def checkpoint_activations(model):
     for block in model.modules():
         if isinstance(block, Block) and block.norm1.weight.requires_grad:
             block.forward = partial(recompute_in_backward, block.forward, use_reentrant=False)
-
-
-def try_pass(model, optimizer, samplers, img_size, autocast, device, size):
-    """A forward and backward pass of `size` clips, all zero, after which everything is as before.
-    Raises torch.OutOfMemoryError if a step with so many would not fit into the GPU's memory."""
-    ids, shape = range(size), (size, 3, model.encoder.num_frames, img_size, img_size)
-    batch = Batch(torch.zeros(shape, dtype=torch.uint8), ids, [], sample_masks(samplers, ids, 0))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        # Room for what a step has besides: the gradients of the micro-batches before and, from the
-        # first step on, AdamW's two averages.
-        room = [torch.empty_like(p) for p in trained for _ in range(1 if optimizer.state else 3)]
-        clips, masks = to_device(batch, device)
-        # Not compiled: that takes longer, for every size, and compiled blocks need no more memory.
-        with torch.compiler.set_stance("force_eager"):
-            with autocast:
-                loss = model(clips, masks)
-            loss.backward()
-        del room
-    finally:
-        optimizer.zero_grad()
 
 
 def labelled(batches, dataset, bad_files, device):

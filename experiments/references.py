@@ -20,7 +20,8 @@ import torch.nn.functional as F
 import train
 from baselines import ijepa
 from experiments.report import cell, markdown
-from probe import encode, fit_probes, only_mean
+from probe import fit_probes
+from runtime.encoding import encode, only_mean
 from runtime.metrics import accuracy
 from runtime.source import PROBE_SEED, encoder_of_clips
 from video.synthetic import Synthetic
@@ -114,8 +115,9 @@ def main(arguments=None):
                   for dataset in sets]
         for name, (fit, test) in (("patches", patch_features(*images, seed)), ("random", tokens)):
             for fraction in (1, 0.1):
-                predicted = fit_probes(fit, ids[0], labels["appearance"], test, ids[1], 8,
-                                       tiny.num_heads, fraction, seed, ("attentive", "linear"))
+                predicted, _ = fit_probes(
+                    fit, ids[0], labels["appearance"], test, ids[1], 8, tiny.num_heads, fraction,
+                    seed, ("attentive", "linear"))
                 for probe, classes in predicted.items():
                     row = f"{name} appearance {probe} {fraction:.0%}"
                     scores.setdefault(row, []).append(accuracy(classes, truth["appearance"]))

@@ -9,6 +9,10 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
+from data import to_device
+from masks import sample_masks
+from video.decode import Batch
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,8 +62,29 @@ def can_compile(device):
     return not reason
 
 
-def largest_micro_batch(share, try_pass, device):
-    """The largest divisor of a process's `share` of clips for which try_pass(divisor) does not run
+def try_pass(model, optimizer, samplers, img_size, autocast, device, size):
+    """A forward and backward pass of `size` clips, all zero, after which everything is as before.
+    Raises torch.OutOfMemoryError if a step with so many would not fit into the GPU's memory."""
+    ids, shape = range(size), (size, 3, model.encoder.num_frames, img_size, img_size)
+    batch = Batch(torch.zeros(shape, dtype=torch.uint8), ids, [], sample_masks(samplers, ids, 0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        # Room for what a step has besides: the gradients of the micro-batches before and, from the
+        # first step on, AdamW's two averages.
+        room = [torch.empty_like(p) for p in trained for _ in range(1 if optimizer.state else 3)]
+        clips, masks = to_device(batch, device)
+        # Not compiled: that takes longer, for every size, and compiled blocks need no more memory.
+        with torch.compiler.set_stance("force_eager"):
+            with autocast:
+                loss = model(clips, masks)
+            loss.backward()
+        del room
+    finally:
+        optimizer.zero_grad()
+
+
+def largest_micro_batch(share, attempt, device):
+    """The largest divisor of a process's `share` of clips for which attempt(divisor) does not run
     out of GPU memory in any process. On the CPU and MPS all of them, untried: there, too many make
     the system slow rather than raise an error. Raises ValueError if even one does not fit."""
     if device.type != "cuda":
@@ -67,7 +92,7 @@ def largest_micro_batch(share, try_pass, device):
     largest = 0
     for size in (n for n in range(1, share + 1) if share % n == 0):
         try:
-            try_pass(size)
+            attempt(size)
             largest = size
         except torch.OutOfMemoryError:
             pass

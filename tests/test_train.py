@@ -383,7 +383,7 @@ def test_a_trial_keeps_room_for_gradients_and_averages_and_leaves_no_trace():
             run(*arguments)
         return memory.peak / size
 
-    trial = (train.try_pass, model, optimizer, samplers, config.img_size, nullcontext(),
+    trial = (device.try_pass, model, optimizer, samplers, config.img_size, nullcontext(),
              torch.device("cpu"), 1)
     at_first = peak(*trial)
     assert all(p.grad is None for p in model.parameters()) and not optimizer.state
