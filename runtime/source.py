@@ -59,7 +59,7 @@ def source_of(encoder, trained, config):
         "num_frames": trained.get("num_frames", encoder.num_frames),
         "frame_step": config.frame_step or trained.get("frame_step", 4),
         "fps": config.fps or (0.0 if config.frame_step else trained.get("fps", 0.0)),
-        "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": trained.get("noise", 1.0),
+        "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": trained.get("noise", 0.5),
         "seed": PROBE_SEED}
     encoder = encoder_of_clips(encoder, clip_options["num_frames"]).to(pick_device(config.device))
     data = list(config.data or trained.get("data", ["synthetic"]))

@@ -34,9 +34,9 @@ from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
 from runtime.source import SourceConfig, open_source, open_splits, read_batches
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
-from tools.visualize import tokens_to_pixels
+from tools.visualize import tokens_to_pixels, without_noise
 from video.decode import denormalize
-from video.synthetic import EVENTS, SHAPES, Synthetic
+from video.synthetic import EVENTS, SHAPES
 from video.windows import Windows
 
 SURPRISE_CLIPS = 500
@@ -145,10 +145,9 @@ def draw_readouts(model, sampler, dataset, sample_ids, readouts, file):
     frames, patch, _ = encoder.tubelet
 
     # The first rows: the clips without noise, and what is visible of them, as RGB (B, T, H, W, 3).
-    clean = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
     visible = torch.zeros(len(clips), steps * height * width, 1).scatter(1, context[..., None], 1.0)
     dimmed = tokens_to_pixels(0.15 + 0.85 * visible, encoder.grid, encoder.tubelet)
-    videos = {"clip, without noise": denormalize(clean.batch(sample_ids).clips),
+    videos = {"clip, without noise": denormalize(without_noise(dataset).batch(sample_ids).clips),
               "what the encoder sees": denormalize(clips) * dimmed}
     # The other rows: the class that a read-out finds at each masked token, (B, Kt).
     found = {(task, source): read(tokens)
@@ -198,16 +197,20 @@ def draw_shapes(axis, x, y, classes, is_right):
 
 def draw_surprise(surprises, results, file):
     """Draw the mean surprise of each time step; surprises: {event or "none": (n, T' - 1)}."""
-    figure = Figure((6, 3.5), layout="constrained")
-    axis = figure.subplots()
-    for name, values in surprises.items():
-        label = "as it is" if name == "none" else f"{name}: AUC {results[name]['auc']:.2f}"
-        axis.errorbar(range(2, values.shape[1] + 2), values.mean(0), 2 * values.std(0)
-                      / len(values) ** 0.5, marker="o", capsize=3, label=label)
-    axis.axvline(values.shape[1] / 2 + 1, color="gray", linestyle=":")  # the middle of the clip
-    axis.set(xlabel="time step", ylabel="surprise (difference of L1 losses)",
-             xticks=range(2, values.shape[1] + 2))
-    axis.legend()
+    figure = Figure((8.5, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True)
+    steps = range(2, surprises["none"].shape[1] + 2)
+    for axis, (event, result) in zip(axes, results.items(), strict=True):
+        # The thick line shows even where the other one covers it.
+        for values, label, color, width in (
+                (surprises["none"], "the same clips\nwithout it", "0.75", 6),
+                (surprises[event], "with the event", "tab:red", 1.5)):
+            axis.errorbar(steps, values.mean(0), 2 * values.std(0) / len(values) ** 0.5, marker="o",
+                          color=color, linewidth=width, elinewidth=1, capsize=3, label=label)
+        axis.axvline(len(steps) / 2 + 1, color="gray", linestyle=":")  # the middle of the clip
+        axis.set(title=f"{event}, AUC {result['auc']:.2f}", xlabel="time step", xticks=steps)
+    axes[0].set_ylabel("surprise: L1 loss given the past\n- given the same step")
+    axes[-1].legend()
     figure.savefig(file, dpi=100)
 
 
