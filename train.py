@@ -37,8 +37,8 @@ from data import DataError, loader, open_clips, to_device
 from masks import MultiBlockMask, sample_masks
 from model import VJEPA, Block
 from runtime import checkpoint
-from runtime.device import (DTYPES, all_gather, can_compile, pick_device, pick_precision,
-                            rendezvous)
+from runtime.device import (DTYPES, all_gather, can_compile, largest_micro_batch, pick_device,
+                            pick_precision, rendezvous, try_pass)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, num_workers
 from runtime.log import Log, check_logger, print_summary
@@ -58,7 +58,7 @@ class Config:
     init: str = flag("", "start from the weights of a run or checkpoint, published ones too")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
-    noise: float = flag(1.0, "std of the noise over synthetic clips", least=0, most=1000)
+    noise: float = flag(0.5, "std of the noise over synthetic clips", least=0, most=1000)
     img_size: int = flag(224, "height and width of a clip, pixels", least=1, most=4096)
     num_frames: int = flag(16, "frames per clip", least=1, most=4096)
     frame_step: int = flag(4, "take every n-th frame of a video", least=1)
@@ -97,7 +97,8 @@ class Config:
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)
     keep_every: int = flag(0, "keep a checkpoint every n steps; 0: only the last two", least=0)
-    micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
+    micro_batch: int = flag(24, "clips per forward pass of a process; 0: on CUDA as many as "
+                            "fit, else all it has", least=0)
     workers: int = flag(-1, "processes that read clips; -1: one per core, at most 8, but none for "
                         "synthetic clips on CPUs", least=-1, most=256)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
@@ -112,9 +113,9 @@ class Config:
 PRESETS = {
     "tiny": Config(
         img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
-        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, lr=2e-3,
-        momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
-        micro_batch=0),
+        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, warmup=0.05,
+        lr=2e-3, lr_end=5e-4, momentum_start=0.98, momentum_schedule="constant", eval_every=400,
+        eval_clips=512, micro_batch=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr=5e-4, eval_every=100, micro_batch=0),
@@ -289,7 +290,6 @@ def main(config, run_dir, restart=False, build=build, signals=()):
                          "processes")
     if share % micro_batch:
         raise ValueError(f"--micro-batch {micro_batch} does not divide a process's {share} clips")
-    accumulation = share // micro_batch
 
     # The target encoder is part of the model, but the optimizer only gets what gradients train.
     model, samplers = build(config)
@@ -328,12 +328,17 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         first_step, skipped, consecutive_skips = (
             saved[name] for name in ("step", "skipped", "consecutive_skips"))
 
-    # DDP: every process has the whole model and computes the gradients of its own clips; then all
-    # average them, so that all take the same step.
     if compiled:
         compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
         checkpoint_activations(model)
+    if not config.micro_batch:  # before DDP, which would exchange the gradients of every trial
+        attempt = partial(try_pass, model, optimizer, samplers, config.img_size, autocast, device)
+        micro_batch = largest_micro_batch(share, attempt, device)
+    accumulation = share // micro_batch
+
+    # DDP: every process has the whole model and computes the gradients of its own clips; then all
+    # average them, so that all take the same step.
     compute_loss = model
     if world_size > 1:
         compute_loss = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -484,12 +489,12 @@ def cli(config_class=Config, build=build, description=__doc__):
     config, run_dir, restart = parse_args(None, config_class, description)
     try:
         main(config, run_dir, restart, build, catch_signals())
-    except torch.OutOfMemoryError:
-        share = config.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-        size = min(config.micro_batch or share, share)
-        smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), 1)
-        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} and "
-                 "--checkpoint-activations give the same result with less (docs/speed.md)")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # only on CUDA it is a torch.OutOfMemoryError
+            raise
+        sys.exit("error: the GPU has too little memory: --micro-batch 0 (on CUDA: as many clips at "
+                 "a time as fit), a smaller number, and --checkpoint-activations give the same "
+                 "result with less (docs/speed.md)")
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -39,7 +39,7 @@ BLANKS = {
         "d": ("probe.py", "balanced_subset"),
         "e": ("probe.py", "fit_linear")},
     5: {"a": ("experiments/report.py", "mean_and_spread"),
-        "b": ("experiments/report.py", "verdict"),
+        "b": ("experiments/significance.py", "welch"),
         "c": ("experiments/ablations.py", "choose_rates")},  # part d is a report, not code
 }
 HANDOUTS = {1: "1-masks.md", 2: "2-model.md", 3: "3-objective.md", 4: "4-evaluation.md",
@@ -100,8 +100,9 @@ def start(number, folder):
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, folder / file)
-    # The tests of the assignments contain half-right solutions; README.md links to the assignments.
-    hidden = shutil.ignore_patterns("__pycache__", ".*", "assignments", "test_readme.py")
+    # The tests of the assignments contain half-right solutions; pages link to the assignments.
+    hidden = shutil.ignore_patterns("__pycache__", ".*", "assignments", "test_readme.py",
+                                    "test_docs.py")
     for name in ("tests", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=hidden)
