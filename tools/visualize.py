@@ -15,8 +15,8 @@ import argparse
 import copy
 import math
 import sys
-import textwrap
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -92,7 +92,8 @@ def principal_colours(tokens):
 def save_gif(videos, captions, file):
     """Animate m clips side by side, with a row per video: {name: RGB (m, T, H, W, 3)}."""
     frames = torch.stack(list(videos.values())).movedim(2, 0)  # (T, videos, m, H, W, 3)
-    captions = [textwrap.fill(text, 18, replace_whitespace=False) for text in captions]
+    captions = ["\n".join(line for part in text.splitlines() for line in wrap(part, 15))
+                for text in captions]
     figure, picture = draw_grid(frames[0], list(videos), captions, size=1.2)
     writer = PillowWriter(fps=5)
     with writer.saving(figure, file, dpi=100):
