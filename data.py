@@ -27,7 +27,7 @@ from video.synthetic import Synthetic
 from video.workers import start_worker
 
 
-def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=1.0,
+def open_clips(paths, num_frames, frame_step, img_size, seed=0, train=True, split=None, noise=0.5,
                **options):
     """The data set that the paths (list of str) point to; options as in VideoClips.
 
@@ -207,8 +207,10 @@ def positions(count):
 def to_device(batch, device):
     """A data.Batch -> normalized clips (B, 3, T, H, W), [(context (B, Kc), targets (B, Kt)), ...].
     """
-    return normalize(batch.clips.to(device, non_blocking=True)), [
-        tuple(indices.to(device, non_blocking=True) for indices in pair) for pair in batch.masks]
+    asynchronous = torch.device(device).type == "cuda"  # MPS may read what has been freed by then
+    return normalize(batch.clips.to(device, non_blocking=asynchronous)), [
+        tuple(indices.to(device, non_blocking=asynchronous) for indices in pair)
+        for pair in batch.masks]
 
 
 class BatchMaker:

@@ -291,7 +291,8 @@ def split_for_validation(labels, generator):
 
 def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads, fraction=1.0,
                seed=0, probes=PROBES, device="cpu"):
-    """Train probes on one task: {probe: predicted classes of the test clips (m,)}.
+    """Train probes on one task -> {probe: predicted classes of the test clips (m,)}, and the
+    AttentiveProbe, or None.
 
     train, test: Features; train_ids (n,), test_ids (m,): which of their clips; labels: of `train`.
     Probes are trained on the first view, normally the only one, and tested on all views. Each fits
@@ -303,12 +304,13 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
     ids = train_ids[balanced_subset(labels[train_ids], fraction, generator)]
     fit, val = split_for_validation(labels[ids], generator)
     mean, mean_test = standardize(train.mean[ids, 0], test.mean[test_ids])  # (n, D) (m, V, D)
-    predicted = {}
+    predicted, attentive_probe = {}, None
 
     if "attentive" in probes and train.tokens.shape[2] > 1:
-        probe = fit_attentive(AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes,
-                                           seed, device), train.tokens[:, 0])
-        scores = [probe.predict(test.tokens[part]) for part in test_ids.split(64)]
+        attentive_probe = fit_attentive(
+            AttentiveFit(ids, labels, mean.shape[-1], num_heads, num_classes, seed, device),
+            train.tokens[:, 0])
+        scores = [attentive_probe.predict(test.tokens[part]) for part in test_ids.split(64)]
         predicted["attentive"] = torch.cat(scores).argmax(1)
 
     # These need no tokens. With CUDA they run there: LBFGS on Kinetics takes a CPU hours.
@@ -326,7 +328,7 @@ def fit_probes(train, train_ids, labels, test, test_ids, num_classes, num_heads,
             knn_scores(mean[fit], labels[fit], mean[val], k).argmax(1), labels[val]))
         votes = knn_scores(mean, labels, mean_test.flatten(0, 1), best)
         predicted["knn"] = votes.unflatten(0, mean_test.shape[:2]).sum(1).argmax(1).cpu()
-    return predicted
+    return predicted, attentive_probe
 
 
 def knn_scores(train, labels, test, k):
@@ -461,7 +463,7 @@ def main(config):
     fractions = sorted({1.0, *config.label_fraction}, reverse=True)
 
     # Attentive probes whose tokens are not in memory: one epoch of all of them after the other.
-    streamed = {}  # {(encoder, task, fraction, seed, fold): {"attentive": predicted classes}}
+    fits, streamed = {}, {}  # {(encoder, task, fraction, seed, fold): probe, predicted classes}
     if streaming and attentive:
         fits = attentive_fits(train, train_labels, class_names, fractions, config.seeds, folds,
                               num_heads, device)
@@ -487,6 +489,7 @@ def main(config):
     scores = {}  # {(task, probe, column of the table): accuracies (seeds, folds)}
     confusion = {task: torch.zeros(len(names), len(names), dtype=torch.int64)
                  for task, names in class_names.items()}  # row: true class
+    kept = {}  # {task: attentive probe on the trained encoder, all labels, first seed and fold}
     for name in progress(train, "probing", len(train)):
         probes = [probe for probe in config.probes
                   if probe != "attentive" or name != "motion_energy"]
@@ -495,10 +498,11 @@ def main(config):
                 column = report.column(name, fraction)
                 for seed in range(config.seeds):
                     for fold, (train_rows, test_rows) in enumerate(folds):
-                        found = streamed.get((name, task, fraction, seed, fold), {})
-                        predicted = found | fit_probes(
+                        key = name, task, fraction, seed, fold
+                        predicted, attentive_probe = fit_probes(
                             train[name], train_rows, train_labels[task], test[name], test_rows,
                             len(names), num_heads, fraction, seed, probes, device)
+                        predicted = streamed.get(key, {}) | predicted
                         labels = test_labels[task][test_rows]
                         for probe, classes in predicted.items():
                             table = scores.setdefault((task, probe, column),
@@ -507,11 +511,17 @@ def main(config):
                         if column == "trained" and "attentive" in predicted:
                             confusion[task].index_put_((labels, predicted["attentive"]),
                                                        torch.tensor(1), accumulate=True)
+                            if seed == fold == 0:
+                                kept[task] = fits[key].probe if fits else attentive_probe
 
-    # Tables, probe.json and confusion.png.
-    results = report.write(output_folder(config, path), scores, confusion, class_names,
-                           config.label_fraction,
-                           asdict(config) | {"checkpoint": str(path), "data": data})
+    # Tables, probe.json and confusion.png; and an attentive probe per task, for tools.classify.
+    folder = output_folder(config, path)
+    settings = asdict(config) | {"checkpoint": str(path), "data": data}
+    results = report.write(folder, scores, confusion, class_names, config.label_fraction, settings)
+    for task, attentive_probe in kept.items():
+        resume.save(folder / f"probe-{task}.pt", {
+            "classifier": attentive_probe.state_dict(), "num_heads": num_heads, "task": task,
+            "classes": class_names[task], "config": settings})
     if streaming:
         progress_file.unlink()
     return results

@@ -37,13 +37,14 @@ from data import DataError, loader, open_clips, to_device
 from masks import MultiBlockMask, sample_masks
 from model import VJEPA, Block
 from runtime import checkpoint
-from runtime.device import (DTYPES, all_gather, can_compile, pick_device, pick_precision,
-                            rendezvous)
+from runtime.device import (DTYPES, all_gather, can_compile, largest_micro_batch, pick_device,
+                            pick_precision, rendezvous)
 from runtime.flags import check, flag, parse
 from runtime.loading import BadFiles, num_workers
 from runtime.log import Log, check_logger, print_summary
 from runtime.metrics import evaluation_ids, feature_metrics
 from runtime.weights import CheckpointError, init_networks
+from video.decode import Batch
 
 MAX_SKIPS = 10  # in a row; a broken clip spoils one step, diverged weights spoil all of them
 
@@ -58,7 +59,7 @@ class Config:
     init: str = flag("", "start from the weights of a run or checkpoint, published ones too")
     data: list[str] = flag(["synthetic"], "'synthetic', class folders, or 'path label' files")
     data_weights: list[float] = flag([], "how often each of --data is drawn from", above=0)
-    noise: float = flag(1.0, "std of the noise over synthetic clips", least=0, most=1000)
+    noise: float = flag(0.5, "std of the noise over synthetic clips", least=0, most=1000)
     img_size: int = flag(224, "height and width of a clip, pixels", least=1, most=4096)
     num_frames: int = flag(16, "frames per clip", least=1, most=4096)
     frame_step: int = flag(4, "take every n-th frame of a video", least=1)
@@ -92,12 +93,13 @@ class Config:
     schedule_stretch: float = flag(1.0, "lengthen schedules beyond --steps", least=1, most=1000)
     clip_grad: float = flag(10.0, "largest gradient norm, for encoder and predictor each", above=0)
     seed: int = flag(0, "seed of weights, clips, crops and masks", least=0)
-    eval_every: int = flag(500, "steps between evaluations of the features", least=1)
+    eval_every: int = flag(500, "steps between evaluations, besides those after 1 and 100", least=1)
     eval_clips: int = flag(128, "clips used for these evaluations", least=2, most=10e6)
     max_bad: float = flag(0.05, "tolerated fraction of unreadable files", least=0, most=1)
     save_every: int = flag(500, "steps between checkpoints, of which two are kept", least=1)
     keep_every: int = flag(0, "keep a checkpoint every n steps; 0: only the last two", least=0)
-    micro_batch: int = flag(24, "clips per forward pass of a process; 0: all it has", least=0)
+    micro_batch: int = flag(24, "clips per forward pass of a process; 0: on CUDA as many as "
+                            "fit, else all it has", least=0)
     workers: int = flag(-1, "processes that read clips; -1: one per core, at most 8, but none for "
                         "synthetic clips on CPUs", least=-1, most=256)
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
@@ -112,9 +114,9 @@ class Config:
 PRESETS = {
     "tiny": Config(
         img_size=60, patch_size=10, tubelet_size=4, embed_dim=128, depth=4, num_heads=4,
-        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, lr=2e-3,
-        momentum_start=0.98, momentum_schedule="constant", eval_every=400, eval_clips=512,
-        micro_batch=0),
+        predictor_dim=64, predictor_depth=2, init_std=0.0, steps=2000, batch_size=16, warmup=0.05,
+        lr=2e-3, lr_end=5e-4, momentum_start=0.98, momentum_schedule="constant", eval_every=400,
+        eval_clips=512, micro_batch=0),
     "small": Config(
         img_size=112, embed_dim=192, depth=6, num_heads=3, predictor_dim=192, predictor_depth=4,
         init_std=0.0, steps=800, batch_size=16, lr=5e-4, eval_every=100, micro_batch=0),
@@ -237,6 +239,27 @@ def checkpoint_activations(model):
             block.forward = partial(recompute_in_backward, block.forward, use_reentrant=False)
 
 
+def try_pass(model, optimizer, samplers, img_size, autocast, device, size):
+    """A forward and backward pass of `size` clips, all zero, after which everything is as before.
+    Raises torch.OutOfMemoryError if a step with so many would not fit into the GPU's memory."""
+    ids, shape = range(size), (size, 3, model.encoder.num_frames, img_size, img_size)
+    batch = Batch(torch.zeros(shape, dtype=torch.uint8), ids, [], sample_masks(samplers, ids, 0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        # Room for what a step has besides: the gradients of the micro-batches before and, from the
+        # first step on, AdamW's two averages.
+        room = [torch.empty_like(p) for p in trained for _ in range(1 if optimizer.state else 3)]
+        clips, masks = to_device(batch, device)
+        # Not compiled: that takes longer, for every size, and compiled blocks need no more memory.
+        with torch.compiler.set_stance("force_eager"):
+            with autocast:
+                loss = model(clips, masks)
+            loss.backward()
+        del room
+    finally:
+        optimizer.zero_grad()
+
+
 def labelled(batches, dataset, bad_files, device):
     """Yield (clips, masks, labels {task: (B,)}) of each of a loader's batches, on the device."""
     for batch in batches:
@@ -289,7 +312,6 @@ def main(config, run_dir, restart=False, build=build, signals=()):
                          "processes")
     if share % micro_batch:
         raise ValueError(f"--micro-batch {micro_batch} does not divide a process's {share} clips")
-    accumulation = share // micro_batch
 
     # The target encoder is part of the model, but the optimizer only gets what gradients train.
     model, samplers = build(config)
@@ -328,12 +350,17 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         first_step, skipped, consecutive_skips = (
             saved[name] for name in ("step", "skipped", "consecutive_skips"))
 
-    # DDP: every process has the whole model and computes the gradients of its own clips; then all
-    # average them, so that all take the same step.
     if compiled:
         compile_blocks(model, len(samplers))
     if config.checkpoint_activations:
         checkpoint_activations(model)
+    if not config.micro_batch:  # before DDP, which would exchange the gradients of every trial
+        attempt = partial(try_pass, model, optimizer, samplers, config.img_size, autocast, device)
+        micro_batch = largest_micro_batch(share, attempt, device)
+    accumulation = share // micro_batch
+
+    # DDP: every process has the whole model and computes the gradients of its own clips; then all
+    # average them, so that all take the same step.
     compute_loss = model
     if world_size > 1:
         compute_loss = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -350,14 +377,16 @@ def main(config, run_dir, restart=False, build=build, signals=()):
     draw_masks = partial(sample_masks, samplers, seed=config.seed)
     batches = loader(train_set, ids, workers, device.type == "cuda", draw_masks)
     bad_files = BadFiles(len(train_set), config.max_bad)
-    eval_ids = evaluation_ids(eval_set, config.eval_clips)[rank::world_size].split(micro_batch)
+    eval_ids = evaluation_ids(eval_set, config.eval_clips)
+    num_classes = {task: len(labels.unique()) for task, labels in eval_set.labels(eval_ids).items()}
+    eval_ids = eval_ids[rank::world_size].split(micro_batch)
     if rank == 0:
         (run_dir / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         print_summary(config, model, samplers, run_dir, first_step, device, [
             precision, *["compiled"] * compiled,
             *["activations checkpointed"] * config.checkpoint_activations],
             f"{world_size} processes x {micro_batch} x {accumulation}")
-    log = Log(run_dir, config, first_step, eval_set.class_names, rank, device)
+    log = Log(run_dir, config, first_step, num_classes, rank, device)
     writer, writing = ThreadPoolExecutor(1), None
     stop = False
 
@@ -410,10 +439,11 @@ def main(config, run_dir, restart=False, build=build, signals=()):
         scaler.update()
         optimizer.zero_grad()
 
-        # The loss does not measure progress, because its targets move. These metrics do. Every
-        # process encodes its share of the clips, and all get the metrics of all clips.
+        # The loss does not measure progress, because its targets move. These metrics do. Two early
+        # evaluations show where they start, and that features come close to collapse before they
+        # spread. Every process encodes its share of the clips, and all get the metrics of all.
         metrics = {}
-        if (step + 1) % config.eval_every == 0:
+        if step + 1 in (1, 100) or (step + 1) % config.eval_every == 0:
             eval_batches = labelled(
                 loader(eval_set, [ids.tolist() for ids in eval_ids], workers,
                        device.type == "cuda", draw_masks), eval_set, bad_files, device)
@@ -481,12 +511,12 @@ def cli(config_class=Config, build=build, description=__doc__):
     config, run_dir, restart = parse_args(None, config_class, description)
     try:
         main(config, run_dir, restart, build, catch_signals())
-    except torch.OutOfMemoryError:
-        share = config.batch_size // int(os.environ.get("WORLD_SIZE", 1))
-        size = min(config.micro_batch or share, share)
-        smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), 1)
-        sys.exit(f"error: the GPU has too little memory: --micro-batch {smaller} and "
-                 "--checkpoint-activations give the same result with less (docs/speed.md)")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # only on CUDA it is a torch.OutOfMemoryError
+            raise
+        sys.exit("error: the GPU has too little memory: --micro-batch 0 (on CUDA: as many clips at "
+                 "a time as fit), a smaller number, and --checkpoint-activations give the same "
+                 "result with less (docs/speed.md)")
     except (ValueError, DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
 

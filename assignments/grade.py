@@ -94,9 +94,9 @@ POINTS = {
     5: {"a": {"experiments/test_report.py": {
             "test_means_and_deviations_are_over_the_seeds_of_a_run": 6,
             "test_the_spread_of_a_single_value_is_0": 4}},
-        "b": {"experiments/test_report.py": {
-            "test_a_claim_is_judged_by_its_difference_against_the_spread": 15,
-            "test_a_verdict_begins_with_the_difference": 5}},
+        "b": {"experiments/test_significance.py": {
+            "test_welch_gives_each_side_a_variance_of_its_own": 15,
+            "test_a_single_value_has_no_variance": 5}},
         "c": {"experiments/test_ablations.py": {
             "test_the_learning_rate_with_the_best_validation_accuracy_is_chosen": 6,
             "test_each_run_has_a_learning_rate_of_its_own_trials": 9}},

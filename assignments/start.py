@@ -39,7 +39,7 @@ BLANKS = {
         "d": ("probe.py", "balanced_subset"),
         "e": ("probe.py", "fit_linear")},
     5: {"a": ("experiments/report.py", "mean_and_spread"),
-        "b": ("experiments/report.py", "verdict"),
+        "b": ("experiments/significance.py", "welch"),
         "c": ("experiments/ablations.py", "choose_rates")},  # part d is a report, not code
 }
 HANDOUTS = {1: "1-masks.md", 2: "2-model.md", 3: "3-objective.md", 4: "4-evaluation.md",

@@ -64,8 +64,10 @@ def cut_crops(clips, crops, side):
     to_frame = torch.stack([torch.stack([w * (1 - 2 * mirrored), zero, 2 * left + w - 1], -1),
                             torch.stack([zero, h, 2 * top + h - 1], -1)], 1)  # (n * B, 2, 3)
     points = F.affine_grid(to_frame, (len(h), C, side, side), align_corners=False)
+    edge = 1 - 1 / clips.shape[-1]  # the outermost pixel's centre, where padding "border" clamps,
+    points = points.clamp(-edge, edge)  # which MPS lacks; frames are square
     frames = clips[:, :, 0].repeat(n, 1, 1, 1).float()  # (n * B, C, H, W)
-    return F.grid_sample(frames, points, padding_mode="border", align_corners=False)[:, :, None]
+    return F.grid_sample(frames, points, align_corners=False)[:, :, None]
 
 
 class Head(nn.Module):

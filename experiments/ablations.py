@@ -1,13 +1,14 @@
 """The paper's comparisons at laptop scale: small runs, trained and probed, side by side.
 
-    python -m experiments.ablations --out docs     all tables -> docs/ablations.md, about 2 hours
+    python -m experiments.ablations --out docs     all tables -> docs/ablations.md, about 3 hours
     python -m experiments.ablations 1 5 --seeds 5  tables 1 and 5 -> out/ablations.md
     python -m experiments.ablations 2 --steps 3000 --embed-dim 96    with any flags of train.py
     python -m experiments.ablations 5 --list       the commands that would be run, for you to copy
 
-Learning rates are chosen on validation clips, by equally many trials for every method. Then every
-run is trained with several seeds and tested once. A run uses one thread and leaves its results in
-runs/; the same command continues an interrupted study.
+Learning rates are chosen on validation clips, for each run of tables.TUNED: six trials, and more as
+long as the best is at an edge of those tried. Then every run is trained with several seeds and
+tested once. A run uses one thread and leaves its results in runs/; the same command continues an
+interrupted study.
 """
 
 import argparse
@@ -29,13 +30,15 @@ from tqdm import tqdm
 
 import train
 from experiments import report
-from experiments.tables import BASE, RUNS, TABLES
+from experiments.tables import (BASE, NUM_RATES, OTHER_SEEDS, RUNS, SEEDS, TABLES, TUNED, run_of,
+                                tuned_as)
 from runtime.report import column
 
 ROOT = Path(train.__file__).parent
 TRIAL_SEED = 1000  # of the trials of learning rates; tables use 0, 1, 2, ...
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)
-TUNED = ("vjepa", "pixels", "videomae", "videomae2", "ijepa", "mae", "dino")
+MORE_RATES = 3  # beyond an edge, at most
+WINDOW = 50  # steps that a loss or gradient norm is averaged over
+PROBING_SECONDS = 40  # of a run whose probing has not been timed
 
 
 class Job(NamedTuple):
@@ -44,13 +47,6 @@ class Job(NamedTuple):
     run: str  # a key of RUNS
     seed: int
     lr: float
-
-
-def tuned_as(run):
-    """The run whose trials choose a run's learning rate: pixels-4x -> pixels, tube-masks -> vjepa.
-    """
-    method = run.split("-")[0]
-    return method if method in TUNED else "vjepa"
 
 
 def split_program(words):
@@ -99,19 +95,25 @@ def execute(command, log):
 def results_of(run_dir):
     """{column: value} of what a run's commands have left in its folder."""
     with open(run_dir / "metrics.csv", newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)][-50:]
-    columns = {"loss": round(statistics.mean(losses), 4)}
+        rows = list(csv.DictReader(file))
+    losses = [float(row["loss"]) for row in rows]
+    norms = [float(row["grad_norm_encoder"]) for row in rows]
+    running = [statistics.fmean(losses[max(0, end - WINDOW):end])
+               for end in range(min(WINDOW, len(losses)), len(losses) + 1)]
+    columns = {"loss": round(running[-1], 4), "lowest loss": round(min(running), 4),
+               "gradient norm": float(f"{statistics.fmean(norms[-WINDOW:]):.4g}")}
     for task, probes in json.loads((run_dir / "probe.json").read_text())["results"].items():
         for probe, scores in probes.items():
             for fraction in (1, 0.1, 0.05, 0.01):
                 if column("trained", fraction) in scores:
-                    columns[f"{task} {probe} {fraction:g}"] = scores[column("trained", fraction)]
+                    accuracy = round(scores[column("trained", fraction)], 4)  # of 1,000 clips
+                    columns[f"{task} {probe} {fraction:g}"] = accuracy
     if (run_dir / "predictor.json").exists():
         content = json.loads((run_dir / "predictor.json").read_text())
         for task, scores in content["readouts"].items():
-            columns |= {f"{task} {source}": value for source, value in scores.items()}
+            columns |= {f"{task} {source}": round(value, 4) for source, value in scores.items()}
         for event, scores in content["surprise"].items():
-            columns[f"surprise {event}"] = scores["auc"]
+            columns[f"surprise {event}"] = round(scores["auc"], 4)
     return columns
 
 
@@ -130,6 +132,7 @@ def do(job, args):
         run_dir.mkdir(parents=True, exist_ok=True)
         seconds = [execute(command, run_dir / "log.txt") for command in steps]
         row = {**job._asdict(), "seconds": round(seconds[0], 1),  # of training
+               "probing seconds": round(sum(seconds[1:]), 1),
                "clips": config.steps * config.batch_size, **results_of(run_dir)}
         temporary.write_text(json.dumps(row))
         os.replace(temporary, file)
@@ -153,17 +156,54 @@ def choose_rates(trials):
     return {run: max(by_rate, key=by_rate.get) for run, by_rate in scores.items()}
 
 
+def rates_of(run):
+    """The learning rates that are tried for a run of TUNED."""
+    return [TUNED[run] * 2 ** i for i in range(NUM_RATES)]
+
+
+def do_trials(runs, args):
+    """Try learning rates for runs of TUNED -> rows of trials.csv. Raises RuntimeError.
+
+    A best rate at an edge of those tried may not be the best: then the next one is tried, too.
+    """
+    trials = do_all([Job(run, TRIAL_SEED, lr) for run in runs for lr in rates_of(run)], args)
+    for _ in range(0 if args.list else MORE_RATES):
+        tried = {run: [row["lr"] for row in trials if row["run"] == run] for run in runs}
+        more = [Job(run, TRIAL_SEED, 2 * lr if lr == max(tried[run]) else lr / 2)
+                for run, lr in choose_rates(trials).items()
+                if lr in (min(tried[run]), max(tried[run]))]
+        trials += do_all(more, args)
+    return trials
+
+
+def estimate(jobs):
+    """About how many CPU seconds jobs take, by what those in docs/ablations/results.csv took."""
+    measured = report.read(ROOT / "docs/ablations/results.csv")
+    total = 0
+    for job in jobs:
+        columns = measured.get(job.run) or measured[tuned_as(job.run, measured)]
+        total += (statistics.mean(columns["seconds"])
+                  + statistics.mean(columns.get("probing seconds", [PROBING_SECONDS])))
+    return total
+
+
 def main(args):
     """Do what is missing for args.tables and write their report, or print the commands."""
     tables = {number: TABLES[number] for number in args.tables}
-    runs = list(dict.fromkeys(run for table in tables.values() for run in table.runs))
-    tuned = dict.fromkeys(tuned_as(run) for run in runs)
-    trials = do_all([Job(run, TRIAL_SEED, lr) for run in tuned for lr in LEARNING_RATES], args)
-    rates = dict.fromkeys(TUNED, LEARNING_RATES[0])  # for --list before the trials
+    runs = list(dict.fromkeys(run_of(row) for table in tables.values() for row in table.runs))
+    tuned = list(dict.fromkeys(map(tuned_as, runs)))
+    trials = do_trials(tuned, args)
+    rates = {run: rates_of(run)[0] for run in tuned}  # for --list before the trials
     rates |= choose_rates(trials)
-    results = do_all([Job(run, seed, rates[tuned_as(run)]) for run in runs
-                      for seed in range(args.seeds)], args)
+    jobs = [Job(run, seed, rates[tuned_as(run)]) for run in runs
+            for seed in range(args.seeds or SEEDS.get(run, OTHER_SEEDS))]
+    results = do_all(jobs, args)
     if args.list:
+        jobs += [Job(run, TRIAL_SEED, lr) for run in tuned for lr in rates_of(run)]
+        hours = estimate(jobs) / 3600
+        print(f"# {len(jobs)} runs, about {hours:.1f} hours of CPU time, "
+              f"{hours / args.jobs:.1f} with --jobs {args.jobs} on as many cores; more for "
+              "learning rates beyond an edge, or with other flags of train.py")
         return
     folder = Path(args.out, "ablations")
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +215,8 @@ def main(args):
     (folder / "command.txt").write_text(args.command)
     report.write(args.out, tables)
     print(f"written to {args.out}/ablations.md and {folder}/")
+    for old in filter(Path.exists, (folder / "note.txt", folder / "remarks.json")):
+        print(f"note: {old} is about earlier results: change or delete it", file=sys.stderr)
 
 
 def parse_args(arguments=None):
@@ -182,7 +224,8 @@ def parse_args(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python -m experiments.ablations [TABLE ...] [--FLAG VALUE ...]", allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds of every row")
+    parser.add_argument("--seeds", type=int, default=0, help="pretraining seeds of every run; 0: "
+                        f"5 of {', '.join(SEEDS)}, {OTHER_SEEDS} of others")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", default="out", help="folder for ablations.md and ablations/")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
@@ -192,8 +235,8 @@ def parse_args(arguments=None):
     # Tables come first: a number behind a flag of train.py belongs to that flag.
     tables = list(map(int, takewhile(str.isdigit, rest)))
     args.tables, args.train_flags = tables or list(TABLES), rest[len(tables):]
-    if not set(tables) <= set(TABLES) or min(args.seeds, args.jobs) < 1:
-        parser.error(f"tables are 1 to {len(TABLES)}, and --seeds and --jobs at least 1")
+    if not set(tables) <= set(TABLES) or args.seeds < 0 or args.jobs < 1:
+        parser.error(f"tables are 1 to {len(TABLES)}, --seeds at least 0 and --jobs at least 1")
     train.parse_args([*BASE, *args.train_flags])  # wrong flags end the study before it begins
     return args
 

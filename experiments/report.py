@@ -2,21 +2,19 @@
 
     python -m experiments.report      write the page from docs/ablations/*.csv; nothing is trained
 
-A claim is that one run beats another. It is judged by each accuracy's mean over seeds: `agree` or
-`disagree` if the difference is clear at 95 %, otherwise `within noise`. Clear: larger than t times
-the standard error, in which each side has its own variance (Welch's t-test).
+A claim is that one row of a table beats another. For each accuracy the page shows the difference of
+the means over seeds and its 95 % interval (Welch's t-test). It says `agree` or `disagree` where the
+difference is clear, although all claims and columns of the table are looked at (Holm's correction),
+else `unclear`, which is no evidence that there is no difference.
 """
 
 import csv
 import json
-import math
 import statistics
 from pathlib import Path
 
-from experiments.tables import BASE, TABLES
-
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
+from experiments.significance import compare, holm
+from experiments.tables import BASE, TABLES, UNTRAINED, run_of, tuned_as
 
 
 def read(path):
@@ -36,19 +34,18 @@ def mean_and_spread(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def verdict(better, worse):
-    """Accuracies of the run that should be better, and of the other one -> text."""
-    difference = statistics.mean(better) - statistics.mean(worse)
-    n, m = len(better), len(worse)
-    if min(n, m) < 2:
-        return f"{difference:+.3f}, one seed"
-    a, b = statistics.variance(better) / n, statistics.variance(worse) / m
-    # Welch and Satterthwaite: few degrees of freedom if one side has all of the variance.
-    freedom = (a + b) ** 2 / max(a ** 2 / (n - 1) + b ** 2 / (m - 1), 1e-300)
-    t = T95.get(int(freedom + 1e-9), 2.2)
-    if abs(difference) <= t * math.sqrt(a + b):
-        return f"{difference:+.3f} within noise"
-    return f"{difference:+.3f} agree" if difference > 0 else f"{difference:+.3f} disagree"
+def verdict(better, worse, clear=None):
+    """Accuracies of the row that should be better, and of the other one -> text.
+
+    clear: whether the difference is clear among others; None: whether it is by itself, at 95 %.
+    """
+    if min(len(better), len(worse)) < 2:
+        return f"{statistics.mean(better) - statistics.mean(worse):+.3f}, one seed"
+    difference, low, high, p = compare(better, worse)
+    if clear is None:
+        clear = p <= 0.05
+    word = "unclear" if not clear else "agree" if difference > 0 else "disagree"
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] {word}"
 
 
 def cell(values):
@@ -68,48 +65,87 @@ def markdown(header, rows):
 def rate_table(trials):
     """The mean attentive accuracy of each trial of a learning rate, as text; trials: as from read.
 
-    The best of a run is bold.
+    The best of a run is bold, with a note if a rate beyond it was not tried.
     """
-    rows = []
+    scores = {}  # {run: {rate: accuracy}}
     for run, columns in trials.items():
         accuracies = [values for name, values in columns.items() if " attentive " in name]
-        means = [statistics.mean(trial) for trial in zip(*accuracies, strict=True)]
-        best = max(means)
-        rows.append([run, *(f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in means)])
-    rates = [f"{lr:g}" for lr in columns["lr"]]  # the same for all runs
-    return markdown(["run", *rates], rows)
-
-
-def run_table(table, runs):
-    """What the runs of a Table reached, as text; runs: as from read."""
+        means = map(statistics.mean, zip(*accuracies, strict=True))
+        scores[run] = dict(zip(columns["lr"], means, strict=True))
+    rates = sorted({rate for by_rate in scores.values() for rate in by_rate})
     rows = []
-    for run, command in table.runs.items():
-        accuracies = [cell(runs[run].get(column)) for column in table.accuracies]
-        others = [f"{statistics.mean(runs[run][column]):,.3g}" for column in table.others]
-        rows.append([run, f"`{command}`", *accuracies, *others])
-    return markdown(["run", "command", *table.accuracies.values(), *table.others.values()], rows)
+    for run, by_rate in scores.items():
+        best = max(by_rate, key=by_rate.get)
+        shown = {rate: f"{score:.3f}" for rate, score in by_rate.items()}
+        edge = " (edge)" if best in (min(by_rate), max(by_rate)) else ""
+        shown[best] = f"**{shown[best]}**{edge}"
+        rows.append([run, *(shown.get(rate, "") for rate in rates)])
+    return markdown(["run", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def values_of(runs, row, column):
+    """The value of each seed in a row of a table; runs: as from read. "vjepa by linear" takes
+    "motion linear 1" for the column "motion PROBE 1"."""
+    return runs[run_of(row)].get(column.replace("PROBE", row.split(" by ")[-1]), [])
+
+
+def rate_cell(row, command, runs, trials):
+    """The learning rate of a row's run, and of which run it is if it was not chosen for this one.
+    """
+    if UNTRAINED in command:
+        return "-"
+    run = run_of(row)
+    rate, source = f"{runs[run]['lr'][0]:g}", tuned_as(run, trials)
+    return rate if source == run else f"{rate} (rate of {source})"
+
+
+def run_table(table, runs, trials):
+    """What the runs of a Table reached, as text; runs and trials: as from read."""
+    rows = []
+    for row, command in table.runs.items():
+        accuracies = [cell(values_of(runs, row, column)) for column in table.accuracies]
+        others = [values_of(runs, row, column) for column in table.others]
+        rows.append([row, f"`{command}`", *accuracies,
+                     *(f"{statistics.mean(values):,.4g}" if values else "-" for values in others),
+                     rate_cell(row, command, runs, trials), str(len(runs[run_of(row)]["seed"]))])
+    return markdown(["run", "command", *table.accuracies.values(), *table.others.values(),
+                     "learning rate", "seeds"], rows)
 
 
 def claim_table(table, runs):
     """The verdicts on the claims of a Table, as text; runs: as from read."""
-    rows = []
-    for claim in table.claims:
-        better, worse = claim.split(" > ")
-        rows.append([claim, *(verdict(runs[better][column], runs[worse][column])
-                              for column in table.accuracies)])
+    pairs = [[[values_of(runs, row, column) for row in claim.split(" > ")]
+              for column in table.accuracies] for claim in table.claims]
+    # The family of tests: all claims and columns of the table, except those with one seed.
+    tested = [pair for row in pairs for pair in row if min(map(len, pair)) > 1]
+    clear = iter(holm([compare(*pair)[-1] for pair in tested]))
+    rows = [[claim, *(verdict(*pair, next(clear) if min(map(len, pair)) > 1 else None)
+                      for pair in row)] for claim, row in zip(table.claims, pairs, strict=True)]
     return markdown(["claim", *table.accuracies.values()], rows)
 
 
-def section(number, table, runs, remark=None):
+def section(number, table, runs, trials, remark=None):
     """The paragraphs about a Table: what the runs reached, the paper's result, the verdicts, and
     a remark by somebody who looked at the results."""
-    paragraphs = [f"## {number}. {table.title}", run_table(table, runs),
+    ours = " (ours)" if table.paper.startswith("Not in the paper") else ""
+    paragraphs = [f"## {number}. {table.title}{ours}", run_table(table, runs, trials),
                   f"**Paper.** {table.paper}", claim_table(table, runs)]
     return [*paragraphs, f"**Here.** {remark}"] if remark else paragraphs
 
 
-def introduction(made_by):
-    """The paragraphs that say what the page shows; made_by: the command of the whole study."""
+def with_results(table, runs):
+    """A Table without rows that have no results, and without claims about these."""
+    rows = {row: command for row, command in table.runs.items() if run_of(row) in runs}
+    return table._replace(runs=rows, claims=[claim for claim in table.claims
+                                             if set(claim.split(" > ")) <= rows.keys()])
+
+
+def introduction(made_by, tables):
+    """The paragraphs that say what the page shows; made_by: the command of the whole study;
+    tables: the Tables that it shows."""
+    claims = [(claim, column) for table in tables for claim in table.claims
+              for column in table.accuracies]
+    same = sum("vjepa" in map(run_of, claim.split(" > ")) for claim, _ in claims)
     return [
         "# The paper's comparisons, at laptop scale",
         f"Made by `{made_by}`; add `--list` to see the commands. A run is `python` and its command "
@@ -117,28 +153,39 @@ def introduction(made_by):
         "**Accuracies on frozen features of 1,000 test clips, mean +- standard deviation over "
         "seeds**, for 8 motions and 8 appearances of synthetic clips, by attentive and linear "
         "probes with all 2,000 labels or a fraction of them. *Seconds* are CPU seconds of "
-        "training. Verdicts are at 95 % (t-test): one in twenty is clear by chance. The "
-        "[results](ablations/results.csv) of k-NN probes are here, too.",
-        "**What these tables cannot show.** The runs that predict pixels end at a loss of 1.000, "
-        "that of predicting zero: they did not learn their own objective, so nothing follows about "
-        "pixel methods. And attentive probes chose their epoch on a fifth of the labels, which "
-        "`probe.py` no longer does ([why](evaluation.md)).",
-        "Mean accuracy of attentive probes on validation clips by learning rate, in [one trial "
-        "each](ablations/trials.csv) with a seed of its own:"]
+        "training, *lowest loss* is the lowest mean over 50 steps, the *gradient norm* that of the "
+        "encoder, a mean over the last 50 steps. The [results](ablations/results.csv) of k-NN "
+        "probes are here, too.",
+        "**How to read the verdicts.** A difference of means has its 95 % interval beside it: "
+        "Welch's t-test, over pretraining seeds, on the same test clips. `agree` and `disagree` "
+        "are differences that are still clear, at 5 %, after Holm's correction for all claims and "
+        "columns of a table. All others are `unclear`, even where the interval excludes 0. That "
+        "does not make two runs equal: differences as large as the ends of the interval are "
+        f"possible. Nor are verdicts independent: {same} of {len(claims)} compare with the same "
+        "runs of vjepa.",
+        "**What is tuned.** Only the learning rate, for the runs below, by the mean accuracy of "
+        "attentive probes on validation clips, in [one trial each](ablations/trials.csv) with a "
+        "seed of its own. Variants have the rate of the run named in their row, which may suit "
+        "them less."]
 
 
 def write(out, tables=TABLES):
-    """Write out/ablations.md, with the tables that are complete in the files of out/ablations/."""
+    """Write out/ablations.md from the files of out/ablations/: rows without results are left out.
+    """
     folder = Path(out, "ablations")
     runs, trials = read(folder / "results.csv"), read(folder / "trials.csv")
     made_by = (folder / "command.txt").read_text().strip()
+    tables = {number: with_results(table, runs) for number, table in tables.items()}
+    tables = {number: table for number, table in tables.items() if table.claims}
+    page = introduction(made_by, tables.values())
+    if (folder / "note.txt").exists():  # what readers should know about these results
+        page.insert(1, (folder / "note.txt").read_text().strip())
     remarks = {}
     if (folder / "remarks.json").exists():
         remarks = json.loads((folder / "remarks.json").read_text())
-    page = [*introduction(made_by), rate_table(trials)]
+    page.append(rate_table(trials))
     for number, table in tables.items():
-        if table.runs.keys() <= runs.keys():
-            page += section(number, table, runs, remarks.get(str(number)))
+        page += section(number, table, runs, trials, remarks.get(str(number)))
     Path(out, "ablations.md").write_text("\n\n".join(page) + "\n")
 
 

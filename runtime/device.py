@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(name):
     """--device -> torch.device; auto: the best there is, and a GPU for each process of torchrun.
-    Raises ValueError if it is missing."""
+    Raises ValueError if it is missing, or cannot be used by several processes."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     found.append("cpu")
     if name not in ("auto", *found):
@@ -25,6 +25,9 @@ def pick_device(name):
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"there is no GPU {device.index}: lower --nproc_per_node")
         torch.cuda.set_device(device)
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes cannot share a Mac's GPU: start one, without torchrun, "
+                         "or pass --device cpu")
     return device
 
 
@@ -55,10 +58,37 @@ def can_compile(device):
     return not reason
 
 
+def largest_micro_batch(share, try_pass, device):
+    """The largest divisor of a process's `share` of clips for which try_pass(divisor) does not run
+    out of GPU memory in any process. On the CPU and MPS all of them, untried: there, too many make
+    the system slow rather than raise an error. Raises ValueError if even one does not fit."""
+    if device.type != "cuda":
+        return share
+    largest = 0
+    for size in (n for n in range(1, share + 1) if share % n == 0):
+        try:
+            try_pass(size)
+            largest = size
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # not above, where the error's traceback still holds tensors
+        if largest != size:
+            break
+    largest = min(all_gather(largest))
+    if not largest:
+        raise ValueError("the GPU has too little memory for one clip at a time: pass "
+                         "--checkpoint-activations, or choose smaller networks (docs/speed.md)")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"micro-batch {largest}, the largest divisor of {share} clips that fits", flush=True)
+    return largest
+
+
 def peak_memory(device):
     """Most bytes used so far, on the GPU or by this process in main memory (NaN on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # it keeps what it has once allocated
     if not find_spec("resource"):
         return math.nan
     import resource

@@ -50,16 +50,17 @@ def print_summary(config, model, samplers, run_dir, first_step, device, how, bat
 
 class Log:
     """Follows one run: progress bar, speed, metrics, warnings. Only rank 0 writes and, except about
-    skipped steps, prints. tasks: names of those with a k-NN accuracy."""
+    skipped steps, prints. num_classes {task: int}: of the clips that evaluations use."""
 
-    def __init__(self, run_dir, config, first_step, tasks, rank, device):
+    def __init__(self, run_dir, config, first_step, num_classes, rank, device):
         self.run_dir, self.config, self.first_step = run_dir, config, first_step
-        self.rank, self.device = rank, device
+        self.num_classes, self.rank, self.device = num_classes, rank, device
         # Time and steps are counted from the last evaluation on.
         self.since, self.waited, self.evaluated = time.perf_counter(), 0.0, first_step
         self.printed = time.monotonic()
         if rank == 0:
-            self.file, self.writer = open_metrics(run_dir / "metrics.csv", tasks, first_step)
+            self.file, self.writer = open_metrics(run_dir / "metrics.csv", num_classes,
+                                                  first_step)
             self.log, self.close_log = open_logger(config.log, run_dir, first_step)
         self.bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps,
                         unit="step", disable=None if rank == 0 else True)  # None: unless a terminal
@@ -120,10 +121,11 @@ class Log:
             tqdm.write(f"step {step:5d}  " + "  ".join(f"{name} {v}" for name, v in shown.items()))
             sys.stdout.flush()  # a log file would show it only much later
             self.printed = time.monotonic()
-        if evaluation and (warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv"))):
+        if evaluation and (warning := collapse_warning(read_metrics(self.run_dir / "metrics.csv"),
+                                                       self.config.eval_every)):
             tqdm.write(warning, file=sys.stderr)
         if evaluation or step == self.config.steps:
-            draw_curves(self.run_dir)
+            draw_curves(self.run_dir, self.num_classes)
 
     def close(self):
         """Close the progress bar, metrics.csv and the logger."""
@@ -176,33 +178,50 @@ def open_metrics(path, tasks, step):
     return file, writer
 
 
-def draw_curves(run_dir):
-    """Draw curves.png from metrics.csv: the loss, the feature metrics, the schedules."""
+def draw_curves(run_dir, num_classes):
+    """Draw curves.png from metrics.csv: the loss, the metrics of the features, the schedules;
+    num_classes: as for Log, for the level of chance."""
     from matplotlib.figure import Figure
     rows = read_metrics(run_dir / "metrics.csv")
-    knn = [name for name in rows[0] if name.startswith("knn_")]
-    panels = [["loss"], ["relative_loss"], ["std_clips", "std_tokens"], ["rankme"], knn, ["lr"],
-              ["momentum"], ["grad_norm_encoder", "grad_norm_predictor"]]
-    figure = Figure(figsize=(15, 6))
+    panels = [  # title, columns, and levels to compare them with
+        ("loss", ["loss"], {}),
+        ("std of features", ["std_clips", "std_tokens"], {"warning of collapse": STD_FLOOR}),
+        ("k-NN accuracy", [f"knn_{task}" for task in num_classes],
+         {f"chance, 1/{n}": 1 / n for n in num_classes.values()}),
+        ("loss / that of the best constant", ["relative_loss"], {"content is not used": 1}),
+        ("effective rank of features", ["rankme"], {}),
+        ("gradient norm", ["grad_norm_encoder", "grad_norm_predictor"], {}),
+        ("learning rate", ["lr"], {}), ("weight decay", ["weight_decay"], {}),
+        ("target encoder's momentum", ["momentum"], {})]
+    figure = Figure(figsize=(8.5, 6.5))
     # A layout engine would take as long as all the rest.
-    figure.subplots_adjust(0.035, 0.08, 0.99, 0.93, wspace=0.2, hspace=0.35)
-    for axis, columns in zip(figure.subplots(2, 4).flat, panels, strict=True):
+    figure.subplots_adjust(0.06, 0.07, 0.99, 0.96, wspace=0.25, hspace=0.3)
+    axes = figure.subplots(3, 3, sharex=True)
+    for axis, (title, columns, levels) in zip(axes.flat, panels, strict=True):
         for column in columns:
             points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-            marker = "." if len(points) < 50 else None
-            axis.plot(*zip(*points, strict=True), label=column, marker=marker)
-        axis.set_xlabel("optimizer step")
-        if axis.lines:
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False,
-                        fontsize="small", handlelength=1)
+            axis.plot(*zip(*points, strict=True), label=column.removeprefix("knn_"), linewidth=1,
+                      marker="." if len(points) < 50 else None)
+        for name, level in levels.items():
+            axis.axhline(level, color="gray", linestyle="--", linewidth=1, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=8, loc="upper right")
+    for axis, room in zip(axes[0], (1, 1.6, 1.6), strict=True):  # for the legend
+        axis.set_ylim(0, room * axis.get_ylim()[1])
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step", fontsize=9)
     figure.savefig(run_dir / "curves.tmp", dpi=100, format="png")
     os.replace(run_dir / "curves.tmp", run_dir / "curves.png")
 
 
-def collapse_warning(rows):
+def collapse_warning(rows, eval_every):
     """A warning if the last n = EVALS_BEFORE_WARNING evaluations among rows of metrics.csv show
-    collapse, and the one before did not, so that it is given once; else None."""
-    rows, n = [row for row in rows if row["std_clips"]], EVALS_BEFORE_WARNING
+    collapse, and the one before did not, so that it is given once; else None. Only those of every
+    eval_every steps count: the features have not spread in earlier ones."""
+    n = EVALS_BEFORE_WARNING
+    rows = [row for row in rows if row["std_clips"] and int(row["step"]) % eval_every == 0]
     low = [float(row["std_clips"]) < STD_FLOOR for row in rows]
     if len(low) < n or not all(low[-n:]) or any(low[-n - 1:-n]):
         return None

@@ -23,7 +23,7 @@ def write(folder, scores, confusion, class_names, label_fraction, made_with):
     results = summarize(scores)
     seeds, folds = next(iter(scores.values())).shape
     print_tables(results, sorted({1.0, *label_fraction}, reverse=True), seeds, folds)
-    write_json(folder, made_with, results, confusion, class_names)
+    write_json(folder / "probe.json", made_with, results, confusion, class_names)
     clips = int(next(iter(confusion.values())).sum()) // seeds
     if not clips:
         print(f"written to {folder}/: probe.json (no confusion.png without an attentive probe)")
@@ -88,12 +88,12 @@ def print_tables(results, fractions, seeds, folds):
             print(line)
 
 
-def write_json(folder, made_with, results, confusion, class_names):
-    """Write probe.json: the settings `made_with`, the results, and the accuracy of each class."""
+def write_json(file, made_with, results, confusion, class_names):
+    """Write the settings `made_with`, the results, and the accuracy of each class."""
     per_class = {task: dict(zip(class_names[task], per_class_accuracy(counts), strict=True))
                  for task, counts in confusion.items()}
     content = {"made_with": made_with, "results": results, "per_class": per_class}
-    (folder / "probe.json").write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def per_class_accuracy(counts):

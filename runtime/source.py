@@ -48,20 +48,24 @@ def open_source(config):
     data.open_clips that fit the encoder, and {"segments": n, "views": m}. Raises ValueError or
     CheckpointError.
     """
-    path, device = Path(config.checkpoint or latest_run()), pick_device(config.device)
+    path = Path(config.checkpoint or latest_run())
     trained = load_checkpoint(path).get("config", {})
-    encoder = load_encoder(path, num_heads=config.num_heads)
+    return path, *source_of(load_encoder(path, num_heads=config.num_heads), trained, config)
+
+
+def source_of(encoder, trained, config):
+    """open_source, but for the path, for an encoder that is loaded; trained: its run's config."""
     clip_options = {
         "num_frames": trained.get("num_frames", encoder.num_frames),
         "frame_step": config.frame_step or trained.get("frame_step", 4),
         "fps": config.fps or (0.0 if config.frame_step else trained.get("fps", 0.0)),
-        "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": trained.get("noise", 1.0),
+        "img_size": encoder.grid[1] * encoder.tubelet[1], "noise": trained.get("noise", 0.5),
         "seed": PROBE_SEED}
-    encoder = encoder_of_clips(encoder, clip_options["num_frames"]).to(device)
+    encoder = encoder_of_clips(encoder, clip_options["num_frames"]).to(pick_device(config.device))
     data = list(config.data or trained.get("data", ["synthetic"]))
     segments, views = PROTOCOLS.get(config.protocol, (1, 1))
     protocol = {"segments": config.segments or segments, "views": config.views or views}
-    return path, encoder, data, clip_options, protocol
+    return encoder, data, clip_options, protocol
 
 
 def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, tasks=()):

@@ -58,7 +58,7 @@ def predict_stream(fits, folds, encoders, dataset, sample_ids, bad_files, config
     train_epoch. Raises DataError if a file has become unreadable.
     """
     rank, world_size = process()
-    predicted = torch.full((len(fits), len(sample_ids)), -1, device=device)
+    predicted = torch.full((len(fits), len(sample_ids)), -1)
     is_test = [torch.zeros(len(sample_ids), dtype=torch.bool) for _ in folds]
     for mask, (_, test_ids) in zip(is_test, folds, strict=True):
         mask[test_ids] = True
@@ -70,9 +70,9 @@ def predict_stream(fits, folds, encoders, dataset, sample_ids, bad_files, config
             for row, (key, fit) in zip(predicted, fits.items(), strict=True):
                 part = is_test[key[-1]][ids].nonzero()[:, 0]
                 if key[0] == name and len(part):
-                    scores = fit.probe.predict(tokens[part.to(device)])
-                    row[ids[part].to(device)] = scores.argmax(1).to(device)
+                    row[ids[part]] = fit.probe.predict(tokens[part.to(device)]).argmax(1)
     if world_size > 1:
+        predicted = predicted.to(device)
         dist.all_reduce(predicted, dist.ReduceOp.MAX)  # a clip is -1 where it was not encoded
     found = {key: row[folds[key[-1]][1]] for key, row in zip(fits, predicted.cpu(), strict=True)}
     if any((classes < 0).any() for classes in found.values()):

@@ -17,7 +17,8 @@ from model import VJEPA, VisionTransformer, resample_pos_embed
 NETWORKS = ("encoder", "target_encoder", "predictor", "classifier")
 # Types of what is read from a checkpoint, and from the configuration in it.
 TYPES = {**dict.fromkeys((*NETWORKS, "opt", "config"), dict), "scaler": dict | None, "step": int,
-         "skipped": int, "consecutive_skips": int, "num_heads": int, "probed_network": str}
+         "skipped": int, "consecutive_skips": int, "num_heads": int, "probed_network": str,
+         "task": str, "classes": list}
 CONFIG_TYPES = {"method": str, "data": list, "num_frames": int, "frame_step": int,
                 "fps": float | int, "noise": float | int, "init_std": float | int, "seed": int,
                 "steps": int}

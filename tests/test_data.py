@@ -10,6 +10,7 @@ from itertools import count, islice
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, get_worker_info
 
 import data
@@ -312,3 +313,28 @@ def test_workers_end_at_once_when_the_main_process_is_killed(tmp_path):
     finally:
         if group_exists(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+class ToTheCpu(TorchFunctionMode):
+    """Copies tensors to the CPU instead of another device, and notes which copies do not wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.non_blocking = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if "non_blocking" in (kwargs or {}):
+            self.non_blocking.append(kwargs["non_blocking"])
+            args = args[0], "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_only_copies_to_cuda_do_not_wait(device):
+    indices = torch.tensor([[0, 1]])
+    batch = Batch(torch.full((1, 3, 2, 4, 4), 255, dtype=torch.uint8), indices[0], [],
+                  [(indices, indices + 2)])
+    with ToTheCpu() as copies:
+        clips, masks = data.to_device(batch, torch.device(device))
+    assert copies.non_blocking == 3 * [device == "cuda"]
+    assert torch.equal(clips, normalize(batch.clips)) and torch.equal(masks[0][1], indices + 2)

@@ -221,3 +221,28 @@ def test_the_script_prints_the_shapes():
                             timeout=60)
     assert result.returncode == 0 and not result.stderr
     assert "(1, 313, 1024)  303.9 M" in result.stdout and "(1, 784, 1024)  22.1 M" in result.stdout
+
+
+@pytest.fixture
+def exported(reference):
+    """Arguments that export the encoder for any number of clips, and more clips to try it on."""
+    batch = {0: torch.export.Dim("batch")}
+    return ((reference.target_encoder.eval(), (torch.randn(2, 3, 8, 32, 32),)),
+            {"dynamic_shapes": (batch,)}, torch.randn(3, 3, 8, 32, 32))
+
+
+def test_an_exported_encoder_gives_the_same_features(exported, reference, tmp_path):
+    arguments, options, clips = exported
+    torch.export.save(torch.export.export(*arguments, **options), tmp_path / "encoder.pt2")
+    encoder = torch.export.load(tmp_path / "encoder.pt2").module()
+    close(encoder(clips), reference.target_encoder(clips))
+
+
+def test_an_encoder_in_onnx_gives_the_same_features(exported, reference, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    arguments, options, clips = exported
+    torch.onnx.export(*arguments, tmp_path / "encoder.onnx", dynamo=True, **options)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    features, = session.run(None, {session.get_inputs()[0].name: clips.numpy()})
+    close(torch.from_numpy(features), reference.target_encoder(clips).detach())

@@ -154,7 +154,8 @@ def test_probes_find_what_is_in_the_features_and_nothing_that_is_not():
     one_view = Features(two_views.tokens[:, :1], two_views.mean[:, :1])
     ids = torch.arange(300)
     for task in labels:
-        predicted = probe.fit_probes(one_view, ids[:200], labels[task], two_views, ids[200:], 3, 2)
+        predicted, _ = probe.fit_probes(one_view, ids[:200], labels[task], two_views, ids[200:],
+                                        3, 2)
         assert set(predicted) == {"attentive", "linear", "knn"}
         for classes in predicted.values():
             score = accuracy(classes, labels[task][200:])

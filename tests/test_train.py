@@ -1,8 +1,10 @@
+import copy
 import math
 import os
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,10 @@ from filelock import FileLock
 import ema
 import model
 import train
-from runtime import checkpoint
+from masks import sample_masks
+from runtime import checkpoint, device
 from runtime.weights import CheckpointError
+from tools.scaling import LiveMemory
 from video.decode import DataError
 from tests.runs import (FAST, ROOT, command, metrics, latest, run, same, same_losses, send_signal,
                         signalled, spoil_clips, together, train_here)
@@ -37,7 +41,7 @@ def test_a_run_leaves_metrics_curves_configuration_and_the_last_two_checkpoints(
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
         assert 0 < float(row["loss"]) < 3
-        assert bool(row["rankme"]) == bool(row["knn_motion"]) == (int(row["step"]) % 3 == 0)
+        assert bool(row["rankme"]) == bool(row["knn_motion"]) == (row["step"] in "136")
 
 
 def test_a_finished_run_is_not_trained_further(uninterrupted):
@@ -78,7 +82,7 @@ def test_processes_share_the_clips_of_an_evaluation_and_find_the_same(uninterrup
     for ours, theirs in zip(metrics(two_processes, "two"), metrics(uninterrupted, "whole"),
                             strict=True):
         for column in ("std_clips", "std_tokens", "relative_loss", "knn_motion", "knn_appearance"):
-            assert bool(ours[column]) == (int(ours["step"]) % 3 == 0)
+            assert bool(ours[column]) == (ours["step"] in "136")
             if ours[column]:
                 assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-4)
 
@@ -329,15 +333,67 @@ def test_flags_out_of_range_exit_with_2_and_one_line(flags, capsys):
     assert flags[0] in error.splitlines()[-1] and error.count("\n") == 2
 
 
-def test_a_gpu_with_too_little_memory_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+                                   RuntimeError("MPS backend out of memory (MPS allocated: 8")])
+def test_a_gpu_with_too_little_memory_is_one_line_that_says_what_to_do(error, tmp_path,
+                                                                       monkeypatch):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model.VJEPA, "forward", fail)
     monkeypatch.setattr("sys.argv", ["train.py", *FAST])
-    with pytest.raises(SystemExit, match="^error: the GPU has too little memory: --micro-batch 2 "):
+    with pytest.raises(SystemExit, match="^error: the GPU has too little memory: --micro-batch 0 "):
         train.cli()
+
+
+def limit_memory():
+    """Make this process one whose GPU has memory for 3 clips, or for 1 if it is not the first."""
+    limit = 1 if int(os.environ["RANK"]) else 3
+    search, forward = device.largest_micro_batch, model.VJEPA.forward
+
+    def limited(self, clips, masks):
+        if self.training and len(clips) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, clips, masks)
+
+    model.VJEPA.forward = limited
+    device.largest_micro_batch = lambda share, attempt, _: search(share, attempt,
+                                                                  torch.device("cuda"))
+
+
+def test_processes_agree_on_a_micro_batch_that_fits_and_its_search_changes_nothing(uninterrupted,
+                                                                                   tmp_path):
+    codes, output = together(tmp_path, "--micro-batch", "0", "--name", "run", first=limit_memory)
+    assert codes == [0, 0], output
+    assert output.count("micro-batch 1, the largest divisor of 2 clips that fits\n") == 1
+    assert "4 clips = 2 processes x 1 x 2\n" in output
+    same_losses(metrics(tmp_path, "run"), metrics(uninterrupted, "whole"))
+
+
+def test_a_trial_keeps_room_for_gradients_and_averages_and_leaves_no_trace():
+    config, *_ = train.parse_args([*FAST, "--embed-dim", "192"])
+    model, samplers = train.build(config)
+    optimizer = train.build_optimizer(model, config)
+    weights, random = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+    def peak(run, *arguments):  # in sizes of the trained parameters
+        with LiveMemory() as memory:
+            run(*arguments)
+        return memory.peak / size
+
+    trial = (train.try_pass, model, optimizer, samplers, config.img_size, nullcontext(),
+             torch.device("cpu"), 1)
+    at_first = peak(*trial)
+    assert all(p.grad is None for p in model.parameters()) and not optimizer.state
+    assert same(weights, model.state_dict()) and torch.equal(random, torch.random.get_rng_state())
+    clips, masks = torch.zeros(1, 3, 4, 16, 16), sample_masks(samplers, [0], seed=0)
+    alone = peak(lambda: model(clips, masks).backward())
+    optimizer.step()
+    optimizer.zero_grad()
+    assert at_first == pytest.approx(alone + 3, abs=0.1)
+    assert peak(*trial) == pytest.approx(alone + 1, abs=0.1)  # now there are averages
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -417,6 +473,9 @@ def test_nothing_is_compiled_after_the_second_step(tmp_path, monkeypatch):
         *arguments, backend=backend))
     monkeypatch.setattr(ema, "update", lambda *arguments: (
         counts.append(len(graphs)), update(*arguments)))
+    # Nor for the sizes that --micro-batch 0 tries on a GPU.
+    monkeypatch.setattr(train, "largest_micro_batch", lambda share, attempt, _: (
+        device.largest_micro_batch(share, attempt, torch.device("cuda"))))
     # The last batch of an evaluation is smaller than a micro-batch.
     train_here(tmp_path, monkeypatch, "--compile", "on", "--eval-clips", "7", "--depth", "3",
                "--predictor-depth", "2", "--steps", "8")

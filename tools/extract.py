@@ -2,6 +2,7 @@
 
     python -m tools.extract features.npz --checkpoint vitl16.pth.tar --data videos/
     python -m tools.extract features.npz --tokens                    for probe.py --features
+    python -m tools.extract features.npz --data film.mp4 --every 2   a clip every 2 seconds
     python -m tools.extract encoder.pt --checkpoint runs/mine        for load_encoder("encoder.pt")
     python -m tools.extract encoder.safetensors                      the same, if it is installed
 
@@ -9,7 +10,7 @@ All splits are encoded. The arrays: features (n, D) float32, the mean over a cli
 views; paths (n,); split (n,), '' if the data have none; if there are labels, labels (n,), which
 index classes (labels_TASK and classes_TASK if there are several tasks); if there are groups,
 groups (n,). With --tokens also tokens (n, N, D) float16, those of one segment after another, and
-num_heads of the encoder.
+num_heads of the encoder. With --every also seconds (n,), where in its file each clip begins.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from runtime.loading import BadFiles
 from runtime.resume import complete_file
 from runtime.source import SourceConfig, check_memory, open_source, read_clips
 from runtime.weights import CheckpointError
+from video.windows import Windows
 
 
 def check_output(file):
@@ -45,15 +47,18 @@ def check_output(file):
         raise ValueError(f"{file}: cannot write to {file.parent}: {error.strerror}") from None
 
 
-def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=False):
+def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=False, every=None):
     """Write the features of all readable clips to an .npz file; return their number.
 
     data, clip_options, protocol: as from source.open_source; config: a SourceConfig; keep_tokens:
-    not only their mean. Raises DataError, and OSError if the disk is full.
+    not only their mean; every: seconds between clips of a file, instead of one in its middle.
+    Raises DataError, and OSError if the disk is full.
     """
     splits = sorted(open_clips(data, **clip_options, train=False).splits) or [None]
     datasets = [open_clips(data, **clip_options, **protocol, split=split, train=False)
                 for split in splits]
+    if every is not None:
+        datasets = [Windows(dataset, every) for dataset in datasets]
     device, total = next(encoder.parameters()).device, sum(map(len, datasets))
     if keep_tokens:
         check_memory({"encoder": encoder}, clip_options, total * protocol["segments"], device)
@@ -70,6 +75,8 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
             found["groups"] = [dataset.groups[i] for i in sample_ids]
         for task, labels in dataset.labels(sample_ids).items():
             found["labels" if task == "class" else f"labels_{task}"] = labels.numpy()
+        if every is not None:
+            found["seconds"] = [dataset.second(i) for i in sample_ids]
         if keep_tokens:
             found["tokens"] = features.tokens[:, 0].numpy()  # of the only view
         for name, values in found.items():
@@ -85,12 +92,13 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
     return len(arrays["features"])
 
 
-def write_encoder(file, encoder):
-    """Write an encoder for load_encoder. Raises OSError if the disk is full."""
+def write_encoder(file, encoder, **more):
+    """Write an encoder, and what else a .pt file is to hold, for load_encoder. Raises OSError if
+    the disk is full."""
     weights = encoder.cpu().state_dict()
     with complete_file(file) as stream:
         if file.suffix == ".pt":
-            torch.save({"target_encoder": weights, "num_heads": encoder.num_heads}, stream)
+            torch.save({"target_encoder": weights, "num_heads": encoder.num_heads} | more, stream)
         else:
             from safetensors.torch import save
             stream.write(save(weights, {"num_heads": str(encoder.num_heads)}))
@@ -105,18 +113,24 @@ def main(arguments=None):
                         help=".npz: features; .pt, .safetensors: the encoder")
     parser.add_argument("--tokens", action="store_true",
                         help="write all tokens, too, which attentive probes need")
+    parser.add_argument("--every", type=float, metavar="SECONDS",
+                        help="of long videos: a clip every so many seconds, not only the middle")
     config, given = parse(parser, SourceConfig, arguments, skip=("split", "out"))
     check_output(given.file)  # now, not after hours of encoding
-    if given.tokens and given.file.suffix != ".npz":
-        raise ValueError(f"--tokens needs a file whose name ends in .npz, not {given.file}")
+    for name in ("tokens", "every"):
+        if getattr(given, name) not in (None, False) and given.file.suffix != ".npz":
+            raise ValueError(f"--{name} needs a file whose name ends in .npz, not {given.file}")
     path, encoder, data, clip_options, protocol = open_source(config)
     if given.tokens and protocol["views"] > 1:
         raise ValueError("--tokens is for a single view, on which probes are trained: pass "
                          "--views 1")
+    if given.every is not None and protocol["segments"] > 1:
+        raise ValueError("--every is for a single segment: pass --segments 1")
     if given.file.suffix != ".npz":
         write_encoder(given.file, getattr(encoder, "encoder", encoder))  # without FrameByFrame
         return print(f"the encoder of {path} written to {given.file}")
-    count = extract(given.file, encoder, data, clip_options, protocol, config, given.tokens)
+    count = extract(given.file, encoder, data, clip_options, protocol, config, given.tokens,
+                    given.every)
     print(f"features of {count} clips written to {given.file}")
 
 

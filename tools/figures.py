@@ -28,24 +28,27 @@ def draw_masks(file, grid=(8, 14, 14), batch_size=24, num_batches=100):
     """One clip's masks, this project's and the release's; prints the context per time step."""
     T, H, W = grid
     clips = open_clips(["synthetic"], T, 2, 16 * H, noise=0.0).batch([1]).clips
-    frames, strips = denormalize(clips), {}  # (1, T', H, W, 3): one for each time step
+    frames = denormalize(clips)  # (1, T', H, W, 3): one for each time step
+    strips, orange = {"the clip,\nwithout noise": frames}, torch.tensor([1, 0.55, 0])
     print("context tokens per time step:")
-    for name, settings in MASK_SETS.items():
-        for how, sampler in SAMPLERS.items():
-            sampler = sampler(grid, *settings)
+    for how, sampler_class in SAMPLERS.items():
+        for name, settings in MASK_SETS.items():
+            sampler = sampler_class(grid, *settings)
             batches = [sampler.sample(range(i * batch_size, (i + 1) * batch_size), seed=0)
                        for i in range(num_batches)]
             kept = torch.cat([context.flatten() for context, _ in batches])
             counts = torch.bincount(kept // (H * W), minlength=T) / (batch_size * num_batches)
             print(f"{name}, {how}:", *(f"{count:5.1f}" for count in counts))
             context, targets = batches[0]
-            colours = torch.full((1, T * H * W, 3), 0.15)
-            colours[0, context[0]] = torch.ones(3)
-            colours[0, targets[0]] = torch.tensor([1, 0.55, 0])
-            strips[f"{name},\n{how}"] = frames * tokens_to_pixels(colours, grid, (1, 16, 16))
+            colours, opacity = torch.ones(1, T * H * W, 3), torch.full((1, T * H * W, 1), 0.85)
+            colours[0, targets[0]], opacity[0, targets[0]] = orange, 0.7
+            opacity[0, context[0]] = 0
+            strips[f"{name},\n{how}"] = torch.lerp(frames, *(
+                tokens_to_pixels(values, grid, (1, 16, 16)) for values in (colours, opacity)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    draw_filmstrips(strips, [next(iter(strips))], "Masks of one clip in each time step. Plain: "
-                    "context, orange: targets, dark: neither", file, row_height=1.4)
+    draw_filmstrips(strips, [next(iter(strips))], "Masks. In the clip's colours: "
+                    "what the encoder sees; orange: what is predicted; pale: neither", file,
+                    row_height=0.9, columns=[f"step {step + 1}" for step in range(T)])
 
 
 def summarize(dataset):

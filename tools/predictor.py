@@ -2,16 +2,19 @@
 
     python -m tools.predictor                         the latest run -> runs/NAME/predictor.json
     python -m tools.predictor --checkpoint runs/NAME --out docs
+    python -m tools.predictor --checkpoint runs/NAME --surprise --data film.mp4 --every 2
 
 read-outs   For each task a linear classifier is trained on single target tokens of training clips.
             Applied to the predictions at masked positions of test clips, it says what the predictor
             expects there: readouts.png, next to what it reads in the targets themselves.
 surprise    How much higher the loss of a time step is if it is predicted from earlier ones instead
             of from itself: surprise.png, for synthetic clips as they are and for clips in which
-            something happens in the middle.
+            something happens in the middle. With --surprise: surprise.csv, for any clips, which
+            need no labels, and nothing else.
 """
 
 import argparse
+import csv
 import json
 import sys
 from dataclasses import fields
@@ -23,17 +26,18 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from data import DataError, loader, to_device
+from data import DataError, loader, open_clips, to_device
 from masks import sample_masks
 from model import gather_tokens
 from probe import fit_linear
 from runtime.flags import parse
 from runtime.loading import BadFiles, num_workers
-from runtime.source import SourceConfig, open_source, open_splits
+from runtime.source import SourceConfig, open_source, open_splits, read_batches
 from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
-from tools.visualize import tokens_to_pixels
+from tools.visualize import tokens_to_pixels, without_noise
 from video.decode import denormalize
-from video.synthetic import EVENTS, SHAPES, Synthetic
+from video.synthetic import EVENTS, SHAPES
+from video.windows import Windows
 
 SURPRISE_CLIPS = 500
 MARKERS = {"disc": "o", "ring": "o", "square": "s", "frame": "s", "triangle": "^", "plus": "P",
@@ -141,10 +145,9 @@ def draw_readouts(model, sampler, dataset, sample_ids, readouts, file):
     frames, patch, _ = encoder.tubelet
 
     # The first rows: the clips without noise, and what is visible of them, as RGB (B, T, H, W, 3).
-    clean = Synthetic(dataset.num_frames, dataset.img_size, dataset.seed, dataset.split, noise=0.0)
     visible = torch.zeros(len(clips), steps * height * width, 1).scatter(1, context[..., None], 1.0)
     dimmed = tokens_to_pixels(0.15 + 0.85 * visible, encoder.grid, encoder.tubelet)
-    videos = {"clip, without noise": denormalize(clean.batch(sample_ids).clips),
+    videos = {"clip, without noise": denormalize(without_noise(dataset).batch(sample_ids).clips),
               "what the encoder sees": denormalize(clips) * dimmed}
     # The other rows: the class that a read-out finds at each masked token, (B, Kt).
     found = {(task, source): read(tokens)
@@ -194,16 +197,20 @@ def draw_shapes(axis, x, y, classes, is_right):
 
 def draw_surprise(surprises, results, file):
     """Draw the mean surprise of each time step; surprises: {event or "none": (n, T' - 1)}."""
-    figure = Figure((6, 3.5), layout="constrained")
-    axis = figure.subplots()
-    for name, values in surprises.items():
-        label = "as it is" if name == "none" else f"{name}: AUC {results[name]['auc']:.2f}"
-        axis.errorbar(range(2, values.shape[1] + 2), values.mean(0), 2 * values.std(0)
-                      / len(values) ** 0.5, marker="o", capsize=3, label=label)
-    axis.axvline(values.shape[1] / 2 + 1, color="gray", linestyle=":")  # the middle of the clip
-    axis.set(xlabel="time step", ylabel="surprise (difference of L1 losses)",
-             xticks=range(2, values.shape[1] + 2))
-    axis.legend()
+    figure = Figure((8.5, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True)
+    steps = range(2, surprises["none"].shape[1] + 2)
+    for axis, (event, result) in zip(axes, results.items(), strict=True):
+        # The thick line shows even where the other one covers it.
+        for values, label, color, width in (
+                (surprises["none"], "the same clips\nwithout it", "0.75", 6),
+                (surprises[event], "with the event", "tab:red", 1.5)):
+            axis.errorbar(steps, values.mean(0), 2 * values.std(0) / len(values) ** 0.5, marker="o",
+                          color=color, linewidth=width, elinewidth=1, capsize=3, label=label)
+        axis.axvline(len(steps) / 2 + 1, color="gray", linestyle=":")  # the middle of the clip
+        axis.set(title=f"{event}, AUC {result['auc']:.2f}", xlabel="time step", xticks=steps)
+    axes[0].set_ylabel("surprise: L1 loss given the past\n- given the same step")
+    axes[-1].legend()
     figure.savefig(file, dpi=100)
 
 
@@ -230,13 +237,43 @@ def measure_surprise(model, dataset, sample_ids, file):
     return results
 
 
+def write_surprise(model, dataset, source, file, most=5):
+    """Write the surprise of all clips to surprise.csv, and print the most surprising time steps.
+
+    source: a SourceConfig. Raises DataError.
+    """
+    device, rows = next(model.parameters()).device, []
+    bad_files = BadFiles(len(dataset), source.max_bad)
+    batches = [part.tolist() for part in torch.arange(len(dataset)).split(source.batch_size)]
+    for ids, clips in read_batches(dataset, batches, bad_files, source, device, "surprise"):
+        values = surprise(model, clips[:, 0, 0]).tolist() if ids else []
+        for sample_id, row in zip(ids, values, strict=True):
+            second = dataset.second(sample_id) if isinstance(dataset, Windows) else ""
+            rows.append([dataset.path(sample_id), second, *row])
+    bad_files.summary()
+    with open(file, "w", newline="") as stream:
+        titles = [f"step {step}" for step in range(2, model.encoder.grid[0] + 1)]
+        csv.writer(stream).writerows([["path", "second", *titles], *rows])
+    for path, second, *values in sorted(rows, key=lambda row: -max(row[2:]))[:most]:
+        print(f"{max(values):.3f} at time step {np.argmax(values) + 2} of {model.encoder.grid[0]}:",
+              path, "" if second == "" else f"from second {second:g}")
+
+
 def main(arguments=None):
     """Measure what the command line asks for -> results. Exits with 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # Batches of 10 take a tenth more time here: the system hands out the same memory every time.
-    source, _ = parse(parser, SourceConfig, arguments, lambda given: SourceConfig(batch_size=50),
-                      skip=("protocol", "segments", "views", "num_heads"))
+    parser.add_argument("--surprise", action="store_true",
+                        help="only the surprise of every clip, without labels: surprise.csv")
+    parser.add_argument("--every", type=float, metavar="SECONDS",
+                        help="with --surprise: a clip every so many seconds, not only the middle")
+    source, given = parse(parser, SourceConfig, arguments,
+                          lambda given: SourceConfig(batch_size=50),
+                          skip=("protocol", "segments", "views", "num_heads"))
+
+    if given.every is not None and not given.surprise:
+        parser.error("--every is for --surprise")
 
     path, encoder, data, clip_options, _ = open_source(source)
     config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device
@@ -244,11 +281,17 @@ def main(arguments=None):
         raise ValueError(f"{path}: a run of {config['method']}: only those of train.py have a "
                          "predictor of features")
     model = load_vjepa(path).eval().to(device)
+    folder = Path(source.out or (path if path.is_dir() else path.parent))
+    if given.surprise:
+        dataset = open_clips(data, **clip_options, train=False)
+        dataset = dataset if given.every is None else Windows(dataset, given.every)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_surprise(model, dataset, source, folder / "surprise.csv")
+        return print(f"written to {folder}/: surprise.csv")
     names = {field.name for field in fields(train.Config)} & config.keys()
     _, samplers = train.build(train.Config(**{name: config[name] for name in names}))
     train_set, test_set, [(train_ids, test_ids), *_] = open_splits(data, source.split,
                                                                    clip_options)
-    folder = Path(source.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
 
     train_clips, test_clips = (

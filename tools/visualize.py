@@ -12,15 +12,18 @@ Clips shown are held out: the pixel decoder and the probe are trained here, on a
 """
 
 import argparse
+import copy
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.patches import Rectangle
 
 from baselines.mae import unpatchify
 from data import DataError, open_clips
@@ -36,22 +39,36 @@ from runtime.weights import CheckpointError, load_checkpoint, load_vjepa
 from video.decode import denormalize
 
 
-def draw_filmstrips(videos, captions, title, file, row_height=0.6):
+def tile(images):
+    """Join images, RGB (R, C, H, W, 3), to one of R rows and C columns, for imshow."""
+    images = F.pad(images, (0, 0, *[max(1, images.shape[2] // 60)] * 4), value=1.0)
+    return images.transpose(1, 2).flatten(0, 1).flatten(1, 2).numpy()
+
+
+def draw_grid(images, rows, columns, size, title=""):
+    """Draw images, RGB (R, C, H, W, 3) -> (figure, what imshow returned).
+
+    rows: R texts to the left; columns: C texts above, or none; size: height of an image, inches.
+    """
+    (R, C, H, W, _), picture = images.shape, tile(images)
+    figure = Figure((size * C * W / H + 1.3, size * R + 0.6), layout="constrained")
+    axis = figure.subplots()
+    axis.set_yticks((np.arange(R) + 0.5) * len(picture) / R, rows)
+    axis.set_xticks((np.arange(len(columns)) + 0.5) * picture.shape[1] / C, columns)
+    axis.set(title=title, frame_on=False)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    return figure, axis.imshow(picture, interpolation="nearest")
+
+
+def draw_filmstrips(videos, captions, title, file, row_height=0.85, columns=()):
     """Draw at most 8 frames of m clips, in a row per video: {name: RGB (m, T, H, W, 3)}.
 
     captions: text beside the first video of each clip, instead of its name; row_height: inches.
     """
     frames = torch.stack(list(videos.values()), dim=1)  # (m, videos, T, H, W, 3)
-    frames = F.pad(frames[:, :, evenly_spaced(frames.shape[2], 8)], (0, 0, 1, 1, 1, 1), value=1.0)
-    m, n, T, H, W, _ = frames.shape
-    names = [name if i else captions[clip] for clip in range(m) for i, name in enumerate(videos)]
-    figure = Figure((row_height * T * W / H + 2, row_height * m * n + 1), layout="constrained")
-    axis = figure.subplots()
-    picture = frames.transpose(2, 3).reshape(m * n * H, T * W, 3).numpy()
-    axis.imshow(picture, interpolation="nearest")
-    axis.set_yticks([(row + 0.5) * H for row in range(m * n)], names)
-    axis.set(title=title, xticks=[], frame_on=False)
-    axis.tick_params(length=0)
+    frames = frames[:, :, evenly_spaced(frames.shape[2], 8)].flatten(0, 1)
+    names = [name if i else caption for caption in captions for i, name in enumerate(videos)]
+    figure, _ = draw_grid(frames, names, columns, row_height, title)
     figure.savefig(file, dpi=100, bbox_inches="tight")
 
 
@@ -72,25 +89,56 @@ def principal_colours(tokens):
     return ((tokens @ directions - low) / (high - low)).clamp(0, 1)
 
 
-def save_gif(images, coloured, file):
-    """Animate clips side by side, and below them their tokens as colours: (m, T, H, W, 3) each."""
-    frames = torch.cat([images, coloured], dim=2)  # (m, T, 2 * H, W, 3)
-    frames = (torch.cat(list(frames), dim=2) * 255).byte().numpy()  # (T, 2 * H, m * W, 3)
-    scale = max(1, 120 // images.shape[2])
-    first, *others = map(Image.fromarray, frames.repeat(scale, axis=1).repeat(scale, axis=2))
-    first.save(file, save_all=True, append_images=others, duration=200, loop=0)
+def save_gif(videos, captions, file):
+    """Animate m clips side by side, with a row per video: {name: RGB (m, T, H, W, 3)}."""
+    frames = torch.stack(list(videos.values())).movedim(2, 0)  # (T, videos, m, H, W, 3)
+    captions = [textwrap.fill(text, 18, replace_whitespace=False) for text in captions]
+    figure, picture = draw_grid(frames[0], list(videos), captions, size=1.2)
+    writer = PillowWriter(fps=5)
+    with writer.saving(figure, file, dpi=100):
+        for images in frames:
+            picture.set_data(tile(images))
+            writer.grab_frame()
 
 
 @torch.no_grad()
-def show_attention(images, probe, tokens, shape):
-    """Clips (m, T, H, W, 3), yellow where a probe's query attends to their tokens (m, N, D)."""
+def attention(probe, tokens):
+    """How much a probe's query attends to each token, mean over heads: (m, N, D) -> (m, N)."""
     block, query = probe.pooler.cross_attention_block, probe.pooler.query_tokens
     tokens = block.norm1(tokens.to(query.device, torch.float32))
-    weights = block.xattn.weights(query, tokens)  # (m, N, heads)
-    weights = weights.mean(-1, keepdim=True).cpu()  # (m, N, 1)
-    heat = tokens_to_pixels(weights / weights.amax(1, keepdim=True), *shape)  # (m, T, H, W, 1)
-    dark, yellow = torch.full((3,), 0.25), torch.tensor([1.0, 0.75, 0.1])
-    return images.mean(-1, keepdim=True) * torch.lerp(dark, yellow, heat)
+    return block.xattn.weights(query, tokens).mean(-1).cpu()
+
+
+def draw_attention(images, weights, captions, title, file):
+    """Draw clips, RGB (m, T, H, W, 3), in grey, with the tokens outlined that get half of a probe's
+    attention; beside them the weights of all tokens, (m, T', H', W'). At most 4 time steps."""
+    (m, T, H, W), N = weights.shape, weights[0].numel()
+    ordered = weights.flatten(1).sort(descending=True).values  # (m, N)
+    last = (ordered.cumsum(1) < 0.5).sum(1)  # the last one that is needed for half
+    steps, frames = evenly_spaced(T, 4), images.shape[1] // T  # frames per time step
+    figure = Figure((8.5, 0.82 * m + 0.9), layout="constrained")
+    axes = figure.subplots(m, 2 * len(steps), squeeze=False)
+    for (clip, column), axis in np.ndenumerate(axes):
+        step, extent = steps[column % len(steps)], (0, W, H, 0)  # in tokens
+        if column < len(steps):
+            image = images[clip, step * frames + frames // 2].mean(-1)
+            axis.imshow(image.numpy(), "gray", extent=extent)
+            least = ordered[clip, last[clip]]
+            for y, x in (weights[clip, step] >= least).nonzero().tolist():
+                axis.add_patch(Rectangle((x, y), 1, 1, fill=False, color="tab:orange"))
+        else:
+            heat = axis.imshow(N * weights[clip, step].numpy(), vmin=0,
+                               vmax=N * weights.max().item(), extent=extent)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title("" if clip else f"step {step + 1}", fontsize=9)
+    for axis, caption, index in zip(axes[:, 0], captions, last, strict=True):
+        axis.set_ylabel(f"{caption}\n{index + 1} of {N} tokens", rotation=0, ha="right",
+                        va="center", fontsize=9)
+    figure.colorbar(heat, ax=axes, fraction=0.03)
+    figure.suptitle(f"{title}. Left, outlined: the tokens that get half of the attention.\n"
+                    "Right: the weight of each token. Mean pooling would weight each with 1.",
+                    fontsize=10)
+    figure.savefig(file, dpi=100)
 
 
 def fit_decoder(targets, pixels):
@@ -122,6 +170,13 @@ def decode_predictions(model, clips, train_clips):
         filled = pixels.scatter(1, masked[..., None].expand_as(values), values)  # (n, N, P)
         videos[name] = denormalize(unpatchify(filled, tubelet, grid))
     return videos
+
+
+def without_noise(dataset):
+    """Synthetic clips as they are before noise is added; other data sets as they are."""
+    dataset = copy.copy(dataset)
+    dataset.noise = 0.0
+    return dataset
 
 
 def read(dataset, sample_ids):
@@ -198,7 +253,13 @@ def main(arguments=None):
     out.mkdir(parents=True, exist_ok=True)
 
     colours = principal_colours(test.tokens[:, 0])[shown]
-    save_gif(images, tokens_to_pixels(colours, *shape), out / "features.gif")
+    clean = denormalize(read(without_noise(test_set), [test_ids[i] for i in shown]))
+    videos = {"clip": images}
+    if test_set.name == "synthetic":
+        videos["without\nits noise"] = clean
+    videos["features:\nthree principal\ncomponents as\nred, green, blue"] = tokens_to_pixels(
+        colours, *shape)
+    save_gif(videos, captions, out / "features.gif")
     draw_neighbours(test_set, test_ids, test.mean[:, 0], shown[:5], out / "neighbours.png")
 
     if test_set.class_names:
@@ -207,9 +268,13 @@ def main(arguments=None):
         probe = fit_attentive(AttentiveFit(torch.arange(len(labels)), labels, train.mean.shape[-1],
                                            encoder.num_heads, len(classes), device=device),
                               train.tokens[:, 0])
-        attention = show_attention(images[:3], probe, test.tokens[shown[:3], 0], shape)
-        draw_filmstrips({"clip": images[:3], "attention": attention}, captions,
-                        f"Where the attentive probe for {task} looks", out / "attention.png")
+        tokens, true = test.tokens[shown[:3]], test_set.labels([test_ids[i] for i in shown[:3]])
+        weights = attention(probe, tokens[:, 0]).unflatten(1, shape[0])  # (m, T', H', W')
+        said = probe.predict(tokens).argmax(1)
+        draw_attention(clean[:3], weights, [
+            f"true: {classes[one]}\nfound: {classes[other]}"
+            for one, other in zip(true[task], said, strict=True)],
+            f"What the attentive probe for {task} attends to", out / "attention.png")
     else:
         print("no attention.png: a probe needs labels")
 
@@ -222,7 +287,7 @@ def main(arguments=None):
         T = network.num_frames  # I-JEPA: one frame
         videos = decode_predictions(load_vjepa(path, num_heads=config.num_heads).eval(),
                                     clips[:2, :, :T], train_clips[:, :, :T])
-        draw_filmstrips(videos, captions, "Masked tokens, decoded to pixels",
+        draw_filmstrips(videos, captions[:2], "Masked tokens, decoded to pixels",
                         out / "predictions.png")
     else:
         print("no predictions.png: this method does not predict features of masked tokens")

@@ -59,7 +59,7 @@ class Synthetic(torch.utils.data.Dataset):
     class_names = {"motion": MOTIONS, "appearance": SHAPES}
     splits = {"train": 2000, "val": 1000, "test": 1000}  # labelled clips; pretraining uses more
 
-    def __init__(self, num_frames, img_size, seed=0, split="train", noise=1.0):
+    def __init__(self, num_frames, img_size, seed=0, split="train", noise=0.5):
         self.num_frames, self.img_size, self.seed, self.split = num_frames, img_size, seed, split
         self.noise = noise
         self.cell = max(4, round(0.22 * img_size))  # a glyph's height and width, pixels
@@ -96,10 +96,8 @@ class Synthetic(torch.utils.data.Dataset):
         """One clip, (3, T, H, W) float32. event: one of EVENTS, to happen in the middle: another
         clip goes on, or the glyphs turn back, stand still, or are suddenly elsewhere."""
         T, half = self.num_frames, self.num_frames // 2
-        rng, motion, shape = self.draw_labels(sample_id)
-        sheet = self.draw_sheet(rng, shape)
-        angle, speed = motion * np.pi / 4, self.img_size * rng.uniform(0.03, 0.06)
-        steps = np.tile(speed * np.array([np.cos(angle), np.sin(angle)]), (T, 1))  # (T, 2): x, y
+        rng, sheet, velocity = self.draw_scene(sample_id)
+        steps = np.tile(velocity, (T, 1))  # (T, 2): x, y
         if event == "reverse":
             steps[half:] *= -1
         elif event == "freeze":
@@ -116,6 +114,13 @@ class Synthetic(torch.utils.data.Dataset):
         if event == "switch":
             clip[:, half:] = self.draw_clip(sample_id + len(self))[:, half:]
         return clip
+
+    def draw_scene(self, sample_id):
+        """A clip's random generator, its sheet of glyphs, and their pixels per frame (2,): x, y."""
+        rng, motion, shape = self.draw_labels(sample_id)
+        sheet = self.draw_sheet(rng, shape)
+        angle, speed = motion * np.pi / 4, self.img_size * rng.uniform(0.03, 0.06)
+        return rng, sheet, speed * np.array([np.cos(angle), np.sin(angle)])
 
     def draw_sheet(self, rng, shape):
         """The glyphs that drift past, on black: (1, 3, H, W) float32 in 0..1."""

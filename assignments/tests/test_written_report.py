@@ -59,4 +59,4 @@ def test_the_difference_is_that_of_the_results(report, values):
 
 
 def test_the_verdict_is_that_of_the_results(report, values):
-    assert report["verdict"] == verdict(*values).split(" ", 1)[1]
+    assert report["verdict"] == verdict(*values).split("] ")[1]

@@ -25,7 +25,7 @@ WRONG = {
         "        return F.layer_norm(features, features.shape[-1:])",
         "return self.target_encoder(clips)"),
     4: ("c", "runtime/metrics.py", "similarity.fill_diagonal_(-1e9)", "pass"),  # a clip votes
-    5: ("b", "experiments/report.py",  # the standard deviation instead of the standard error
+    5: ("b", "experiments/significance.py",  # the standard deviation instead of the standard error
         "statistics.variance(better) / n, statistics.variance(worse) / m",
         "statistics.variance(better), statistics.variance(worse)"),
 }
@@ -51,7 +51,7 @@ WORDS = ("Without an average the targets follow every step of the predictor, so 
          "see such a large difference, if the seeds agree.")
 # (changed entries of the report, points for its four tests)
 REPORTS = [({"difference": 0.120003, "verdict": "disagree"}, [5, 10, 0, 0]),
-           ({"prediction": "yes", "worse": "vjepa", "verdict": "within noise"}, [0, 0, 0, 10]),
+           ({"prediction": "yes", "worse": "vjepa", "verdict": "unclear"}, [0, 0, 0, 10]),
            ({"explanation": "a" * 200}, [0, 10, 10, 10]),
            ({"explanation": "a " * 200}, [0, 10, 10, 10]),
            (json.loads((EXAMPLE / "report.json").read_text()), [0, 0, 0, 0])]
@@ -95,8 +95,8 @@ def cheat(folder):
     (folder / "conftest.py").write_text("def pytest_runtest_call(item):\n"
                                         "    item.obj = lambda **fixtures: None\n")
     shutil.copyfile(folder / "conftest.py", folder / "tests" / "conftest.py")
-    edit(folder / "experiments/report.py", 'raise NotImplementedError("Assignment 5, part b")',
-         "import pytest; pytest.skip()")
+    edit(folder / "experiments/significance.py",
+         'raise NotImplementedError("Assignment 5, part b")', "import pytest; pytest.skip()")
     (folder / "report.json").symlink_to(EXAMPLE / "report.json")
     return folder
 
@@ -215,10 +215,11 @@ def test_output_without_end_is_cut_and_earns_nothing(results):
 
 
 def test_a_report_is_judged_by_the_projects_arithmetic(tmp_path):
-    edit(reference(tmp_path / "mine") / "experiments/report.py", "better) - stat", "better) + stat")
+    edit(reference(tmp_path / "mine") / "experiments/significance.py", "better) - stat",
+         "better) + stat")
     for part, judge in ("b", tmp_path / "mine"), ("d", ROOT):
         grade.build_tree(grade.Job(tmp_path / "mine", 5), part, tmp_path / part)
-        code = (tmp_path / part / "experiments/report.py").read_text()
+        code = (tmp_path / part / "experiments/significance.py").read_text()
         assert ("better) + stat" in code) == (judge != ROOT)
 
 

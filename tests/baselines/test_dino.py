@@ -50,6 +50,14 @@ def test_a_crop_shows_its_part_of_the_frame():
     torch.testing.assert_close(mirror, part.flip(-1))
 
 
+def test_a_crop_that_is_finer_than_the_frame_repeats_its_border():
+    frame = torch.randn(1, 1, 1, 8, 8)
+    whole = cut_crops(frame, torch.tensor([[[0, 0, 1, 1, 0.0]]]), 24)[0, 0, 0]
+    points = F.affine_grid(torch.eye(2, 3)[None], (1, 1, 24, 24), align_corners=False)
+    expected = F.grid_sample(frame[:, :, 0], points, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(whole, expected[0, 0])
+
+
 def test_every_crop_is_compared_with_the_teachers_other_crop():
     model, [(wide, local)], clips = setting()
     model.center[0].data.normal_()

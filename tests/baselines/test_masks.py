@@ -4,14 +4,15 @@ import torch
 
 from baselines import ijepa, masks
 from baselines.ijepa import ImageBlockMask
-from baselines.masks import RandomMask, TruncatedMultiBlockMask, TubeMask
+from baselines.masks import (CausalMultiBlockMask, RandomMask, TruncatedMultiBlockMask,
+                             TubeMask)
 from baselines.videomae2 import RunningCellMask
 from tests.runs import train_here
 
 FRAME = (1, 14, 14)
 SAMPLERS = [RandomMask((4, 7, 7)), RandomMask((4, 7, 7), 0.2, 0.5), TubeMask((4, 7, 7)),
             TubeMask((4, 5, 5), 0.07, 0.7), RunningCellMask((8, 7, 7)), ImageBlockMask(FRAME),
-            ImageBlockMask((1, 5, 5))]
+            ImageBlockMask((1, 5, 5)), CausalMultiBlockMask((4, 7, 7), steps=1)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
@@ -38,6 +39,16 @@ def test_tubes_are_constant_in_time_and_random_masks_are_not():
     tube = visible_tokens(TubeMask((4, 7, 7), 0.1, 0.9))
     assert (tube == tube[:, :1]).all() and (tube[:, 0].sum(1) == 5).all()
     assert not (visible_tokens(RandomMask((4, 7, 7), 0.1, 0.9)).sum(2) == 5).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_context_of_causal_masks_is_in_the_first_steps_and_as_dense_as_that_of_others(steps):
+    sampler = CausalMultiBlockMask((4, 14, 14), steps=steps)
+    context, targets = sampler.sample(range(30), seed=0)
+    assert context.shape == (30, int(0.2 * steps * 196)) and context.max() < steps * 196
+    assert (targets // 196).unique().tolist() == [0, 1, 2, 3]  # targets are in all
+    for seen, hidden in zip(context, targets, strict=True):  # what is hidden is so in all steps
+        assert not set((seen % 196).tolist()) & set((hidden % 196).tolist())
 
 
 # Measured on the published sampler with a grid of 8 x 14 x 14: mean context of single clips; mean
@@ -107,6 +118,8 @@ def test_other_masks_are_those_of_the_flags(built):
     model, samplers, batch, clips = built(masks, "--masking", "multi-block-truncated")
     assert [type(sampler) for sampler in samplers] == 2 * [TruncatedMultiBlockMask]
     assert model(clips, batch).isfinite()
+    _, samplers, _, _ = built(masks, "--masking", "causal", "--context-frames", "2")
+    assert [(sampler.steps, sampler.num_blocks) for sampler in samplers] == [(1, 8), (1, 2)]
     _, _, batch, _ = built(masks, "--masking", "random")  # with the ratios of multi-block masks
     assert [context.shape[1] for context, _ in batch] == [28, 10]
 
@@ -116,6 +129,10 @@ def test_other_masks_are_those_of_the_flags(built):
     (["--context-ratio", "--target-ratio"], "--context-ratio and --target-ratio need one number"),
     (["--masking", "multi-block-truncated", "--mask-ratio", "0.9"],
      "--mask-ratio is for random and tube masks, not multi-block-truncated"),
+    (["--context-frames", "2"], "--context-frames is for causal masks, not random"),
+    (["--masking", "causal"], "--context-frames 0 must be a multiple of --tubelet-size 2"),
+    (["--masking", "causal", "--context-frames", "3"], "must be a multiple of --tubelet-size 2"),
+    (["--masking", "causal", "--context-frames", "8"], "and less than --num-frames 8"),
 ])
 def test_flags_that_do_not_fit_together_are_an_error(flags, message, built):
     with pytest.raises(ValueError, match=message) as error:

@@ -9,7 +9,7 @@ import probe
 import train
 from experiments import ablations
 from experiments.ablations import TRIAL_SEED, Job
-from experiments.tables import RUNS, TABLES, UNTRAINED
+from experiments.tables import RUNS, TABLES, UNTRAINED, tuned_as
 from runtime.weights import load_encoder
 from tests.runs import FAST, train_here
 from tools import predictor
@@ -58,11 +58,8 @@ def test_the_predictor_is_read_in_the_runs_of_the_table_about_it():
 def test_a_run_has_the_learning_rate_of_its_method():
     for run, command in RUNS.items():
         if UNTRAINED not in command and run != "no-stop-gradient":
-            module, tuned = (module_of(RUNS[name].split())
-                             for name in (run, ablations.tuned_as(run)))
+            module, tuned = (module_of(RUNS[name].split()) for name in (run, tuned_as(run)))
             assert module is tuned or run in TABLES[2].runs  # other masks, the same loss
-    assert set(map(ablations.tuned_as, RUNS)) == set(ablations.TUNED)
-    assert ablations.tuned_as("pixels-noise-0.7") == "pixels"
 
 
 def test_random_weights_are_those_that_training_starts_with(tmp_path, monkeypatch):
@@ -87,24 +84,47 @@ def test_each_run_has_a_learning_rate_of_its_own_trials():
     assert ablations.choose_rates(trials) == {"vjepa": 2e-3, "pixels": 1e-3}
 
 
+def finish_trials(accuracies, train_flags=()):
+    """Leave results of trials in runs/; accuracies: {run: {rate: accuracy}}."""
+    for run, by_rate in accuracies.items():
+        for lr, accuracy in by_rate.items():
+            folder = ablations.commands(Job(run, TRIAL_SEED, lr), train_flags)[1]
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({
+                "run": run, "seed": TRIAL_SEED, "lr": lr, "motion attentive 1": accuracy,
+                "motion attentive 0.1": accuracy / 2}))
+
+
+def test_rates_beyond_an_edge_are_tried_until_the_best_is_inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finish_trials({
+        "vjepa": {5e-4 * 2 ** i: 0.1 * i if i < 7 else 0.5 for i in range(9)},  # best: 3.2e-2
+        "mae": {4e-3 * 2 ** i: 0.9 - 0.1 * i for i in range(-3, 6)},  # better and better, downwards
+        "dino": {1e-3 * 2 ** i: 0.9 if i == 3 else 0.1 for i in range(6)}})
+    monkeypatch.setattr(ablations, "execute", None)
+    trials = ablations.do_trials(["vjepa", "mae", "dino"], ablations.parse_args(["--jobs", "1"]))
+    tried = {run: [row["lr"] for row in trials if row["run"] == run] for run in RUNS}
+    assert tried["vjepa"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]
+    assert tried["mae"] == [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128,  # up to the limit
+                            2e-3, 1e-3, 5e-4]
+    assert len(tried["dino"]) == 6
+    assert ablations.choose_rates(trials) == {"vjepa": 3.2e-2, "mae": 5e-4, "dino": 8e-3}
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Arguments of a study of two runs with one seed, one learning rate, and few labelled clips."""
+    """Arguments of a study of two runs with one seed, three learning rates, and few labelled clips.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablations, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(ablations, "rates_of", lambda run: [5e-4, 1e-3, 2e-3])
     monkeypatch.setattr(Synthetic, "splits", {"train": 80, "val": 32, "test": 40})
     runs = {"ijepa": "-m baselines.ijepa --steps 8",
             "random-frames": f"-m baselines.ijepa {UNTRAINED}"}
     monkeypatch.setitem(TABLES, 7, TABLES[7]._replace(runs=runs, claims=["ijepa > random-frames"]))
     monkeypatch.setitem(RUNS, "ijepa", runs["ijepa"])
-    # The trials are done.
     args = ablations.parse_args(["7", "--seeds", "1", "--jobs", "1", "--out", "docs", *SMALL])
-    for run in ("ijepa", "vjepa"):
-        folder = ablations.commands(Job(run, TRIAL_SEED, 1e-3), args.train_flags)[1]
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({
-            "run": run, "seed": TRIAL_SEED, "lr": 1e-3, "motion attentive 1": 0.5,
-            "motion attentive 0.1": 0.25}))
+    finish_trials({run: {5e-4: 0.1, 1e-3: 0.5, 2e-3: 0.2} for run in ("ijepa", "vjepa")},
+                  args.train_flags)
     return args
 
 
@@ -133,7 +153,9 @@ def test_a_study_is_trained_probed_and_written_and_nothing_is_done_twice(study, 
     assert [(row["run"], row["seed"], row["clips"], row["seconds"]) for row in rows] == [
         ("ijepa", "0", "32", "2.0"), ("random-frames", "0", "4", "2.0")]
     for row in rows:
-        assert list(row)[:6] == ["run", "seed", "lr", "seconds", "clips", "loss"]
+        assert list(row)[:9] == ["run", "seed", "lr", "seconds", "probing seconds", "clips", "loss",
+                                 "lowest loss", "gradient norm"]
+        assert float(row["lowest loss"]) <= float(row["loss"]) and float(row["gradient norm"]) > 0
         assert all(0 <= float(row[f"appearance {probe} 0.1"]) <= 1
                    for probe in ("attentive", "linear", "knn"))
     folder = ablations.commands(Job("ijepa", 0, 1e-3), study.train_flags)[1]
@@ -157,18 +179,37 @@ def test_a_failing_run_ends_the_study_with_its_log(study, tmp_path, monkeypatch)
     assert ablations.execute(["train.py"], tmp_path / "log.txt") > 0
 
 
-def test_listed_commands_are_those_that_are_run(study, capsys):
+def test_listed_commands_are_those_that_are_run_with_their_time(study, capsys):
     study.list = True
     ablations.main(study)
-    lines = capsys.readouterr().out.splitlines()
-    expected = [command for job in (("ijepa", TRIAL_SEED), ("vjepa", TRIAL_SEED), ("ijepa", 0),
-                                    ("random-frames", 0))
-                for command in ablations.commands(Job(*job, 1e-3), study.train_flags)[2]]
+    *lines, last = capsys.readouterr().out.splitlines()
+    trials = [(run, TRIAL_SEED, lr) for run in ("ijepa", "vjepa") for lr in (5e-4, 1e-3, 2e-3)]
+    expected = [command for job in [*trials, ("ijepa", 0, 1e-3), ("random-frames", 0, 1e-3)]
+                for command in ablations.commands(Job(*job), study.train_flags)[2]]
     assert [shlex.split(line) for line in lines] == [["python", *words] for words in expected]
+    assert last.startswith("# 8 runs, about 0.")
+
+
+def test_the_whole_study_takes_three_hours_on_two_cores(capsys):
+    ablations.main(ablations.parse_args(["--list", "--jobs", "2"]))
+    *lines, last = capsys.readouterr().out.splitlines()
+    seeds = [line for line in lines if "train.py" in line and " --seed 4 " in line]
+    assert len(seeds) == 2  # five of vjepa and random, beside two that are baselines
+    hours = float(last.split(" with --jobs 2")[0].split()[-1])
+    assert 1 < hours <= 3
+
+
+def test_the_lowest_loss_is_that_of_a_running_mean(tmp_path):
+    losses = [3.0] * 60 + [1.0] * 50 + [2.0] * 30
+    (tmp_path / "metrics.csv").write_text("loss,grad_norm_encoder\n" + "".join(
+        f"{loss},{loss / 10}\n" for loss in losses))
+    (tmp_path / "probe.json").write_text('{"results": {}}')
+    assert ablations.results_of(tmp_path) == {"loss": 1.6, "lowest loss": 1.0,
+                                              "gradient norm": 0.16}
 
 
 def test_other_flags_are_other_runs_and_an_unknown_table_or_flag_is_an_error(capsys):
-    for arguments, message in ((["12"], "tables are 1 to 11"), (["--jobs", "0"], "at least 1"),
+    for arguments, message in ((["13"], "tables are 1 to 12"), (["--jobs", "0"], "at least 1"),
                                (["--stepz", "3"], "--stepz")):
         with pytest.raises(SystemExit):
             ablations.parse_args(arguments)

@@ -2,13 +2,13 @@ import importlib
 from pathlib import Path
 
 import baselines
-from experiments.tables import RUNS, TABLES
+from experiments.tables import RUNS, SEEDS, TABLES, TUNED, run_of, tuned_as
 
 
 def test_every_table_compares_runs_that_are_in_it():
-    assert sorted(TABLES) == list(range(1, 12))
+    assert sorted(TABLES) == list(range(1, 13))
     for table in TABLES.values():
-        assert all(RUNS[run] == command for run, command in table.runs.items())
+        assert all(RUNS[run_of(row)] == command for row, command in table.runs.items())
         assert {run for claim in table.claims for run in claim.split(" > ")} <= set(table.runs)
 
 
@@ -24,3 +24,12 @@ def test_what_the_paper_says_names_its_source():
     for table in TABLES.values():
         assert table.paper.startswith(("Table ", "Figure ", "No table, but a figure",
                                        "Not in the paper"))
+
+
+def test_a_learning_rate_is_that_of_the_run_of_its_method_or_of_vjepa():
+    assert TUNED.keys() <= RUNS.keys() and SEEDS.keys() <= RUNS.keys()
+    assert set(map(tuned_as, RUNS)) == TUNED.keys()
+    for run, source in (("tube-masks", "tube-masks"), ("pixels-noise-0.4", "pixels"),
+                        ("vjepa-4x", "vjepa"), ("predictor-2x32", "vjepa"), ("random", "vjepa")):
+        assert tuned_as(run) == source
+    assert tuned_as("tube-masks", {"vjepa": {}, "mae": {}}) == "vjepa"

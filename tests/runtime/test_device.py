@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -34,11 +36,43 @@ def test_a_missing_device_is_named_with_those_that_exist(monkeypatch):
         device.pick_device("cuda")
 
 
+def test_the_largest_micro_batch_is_a_divisor_that_fits(capsys):
+    tried = []
+
+    def attempt(limit, size):
+        tried.append(size)
+        if size > limit:
+            raise torch.OutOfMemoryError
+
+    def search(limit, name="cuda"):
+        return device.largest_micro_batch(24, partial(attempt, limit), torch.device(name))
+
+    assert [search(limit) for limit in (100, 24, 7, 1)] == [24, 24, 6, 1]
+    assert tried[-2:] == [1, 2]  # nothing above the first that does not fit
+    assert "micro-batch 6, the largest divisor of 24 clips" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="too little memory for one clip"):
+        search(0)
+    tried.clear()
+    assert search(0, "cpu") == search(0, "mps") == 24 and not tried
+
+
 def test_peak_memory_counts_what_was_allocated():
     before = device.peak_memory(torch.device("cpu"))
     block = torch.ones(int(before / 4 + 2.5e7))  # 100 MB more than ever before
     assert device.peak_memory(torch.device("cpu")) > before + 5e7
     assert block[0] == 1
+
+
+def test_on_a_mac_one_process_uses_the_gpu_and_its_memory_is_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 7)
+    mps = device.pick_device("auto")
+    assert mps.type == "mps" and device.peak_memory(mps) == 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device.pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="cannot share a Mac's GPU: .* --device cpu"):
+        device.pick_device("auto")
 
 
 def test_a_process_alone_gathers_its_own_object():

@@ -28,28 +28,30 @@ def test_metrics_after_the_checkpoint_are_cut_and_the_rest_stays(tmp_path):
 
 
 def test_curves_are_drawn_from_what_was_measured(tmp_path):
-    file, writer = run_log.open_metrics(tmp_path / "metrics.csv", [], 0)
+    file, writer = run_log.open_metrics(tmp_path / "metrics.csv", ["class"], 0)
     for step in (1, 2):
         writer.writerow({"step": step, "loss": 0.5, "rankme": 9.0 if step == 2 else None})
     file.close()
-    run_log.draw_curves(tmp_path)
+    run_log.draw_curves(tmp_path, {"class": 4})
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def evaluations(*stds):
+def warning(*stds, eval_every=100):
     rows = [{"step": str(i), "std_clips": ""} for i in range(len(stds))]
-    return rows + [{"step": str(100 * i), "std_clips": str(std)} for i, std in enumerate(stds)]
+    rows += [{"step": str(100 * i), "std_clips": str(std)} for i, std in enumerate(stds)]
+    return run_log.collapse_warning(rows, eval_every)
 
 
 def test_three_low_evaluations_in_a_row_warn_once_with_the_usual_causes():
     healthy, flat = 0.6, 0.2
-    assert run_log.collapse_warning(evaluations()) is None
-    assert run_log.collapse_warning(evaluations(flat, flat, healthy, flat, flat)) is None
-    warning = run_log.collapse_warning(evaluations(healthy, flat, flat, flat))
-    assert "since step 100: " in warning and "\n" not in warning
-    assert all(cause in warning for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
-    assert run_log.collapse_warning(evaluations(flat, flat, flat, flat)) is None
-    assert run_log.collapse_warning(evaluations(flat, flat, flat))
+    assert warning() is None
+    assert warning(flat, flat, healthy, flat, flat) is None
+    text = warning(healthy, flat, flat, flat)
+    assert "since step 100: " in text and "\n" not in text
+    assert all(cause in text for cause in ("--momentum-start", "--lr", "--warmup", "masks"))
+    assert warning(flat, flat, flat, flat) is None
+    assert warning(flat, flat, flat)
+    assert warning(flat, flat, flat, eval_every=200) is None  # an early one does not count
 
 
 def test_a_run_that_collapses_says_so_once(tmp_path, monkeypatch, capsys):
@@ -64,7 +66,7 @@ def test_a_run_prints_its_evaluations_and_its_peak_memory(tmp_path, monkeypatch,
     train_here(tmp_path, monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if line.startswith("step     ")]
-    assert [line.split()[1] for line in shown] == ["3", "6"]
+    assert [line.split()[1] for line in shown] == ["1", "3", "6"]
     for name in ("loss", "clips/s", "data wait", "std_clips", "rankme", "knn_motion"):
         assert f"  {name} " in shown[0]
     [memory] = [line for line in lines if line.startswith("memory ")]
@@ -74,7 +76,7 @@ def test_a_run_prints_its_evaluations_and_its_peak_memory(tmp_path, monkeypatch,
 
 def make_log(folder, rank=0):
     config = SimpleNamespace(steps=100, batch_size=4, log="")
-    return run_log.Log(folder, config, 0, [], rank, torch.device("cpu"))
+    return run_log.Log(folder, config, 0, {}, rank, torch.device("cpu"))
 
 
 def test_without_a_terminal_a_line_says_from_time_to_time_how_far_it_is(tmp_path, monkeypatch,

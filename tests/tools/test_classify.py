@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+import probe
 from data import DataError, open_clips
 from probe import AttentiveProbe
 from runtime.loading import BadFiles
 from runtime.source import SourceConfig, read_clips
 from runtime.weights import CheckpointError, load_encoder
 from tests.conftest import GOLDEN
-from tools import classify
+from tests.runs import train_here
+from tools import classify, finetune
 
 ROOT = Path(classify.__file__).parent.parent
 ENCODER, PROBE = (str(GOLDEN / f"reference-{name}.pth.tar") for name in ("vjepa", "probe"))
@@ -62,12 +65,45 @@ def test_a_published_probe_runs_on_a_list_of_videos(lossless):
     assert list(rows[0]) == ["path", "label", "predicted", "probability", "top5"]
     assert [row["label"] for row in rows] == ["4", "2"]
     top1 = np.mean([row["label"] == row["predicted"] for row in rows])
-    content = json.loads((folder / "results/probe.json").read_text())
+    content = json.loads((folder / "results/predictions.json").read_text())
     assert content["results"] == {"clips": 2, "top1": top1, "top5": 1.0}  # of only 5 classes
     assert content["made_with"]["views"] == 3 and content["made_with"]["probe"] == PROBE
     assert f"top-1 {top1:.4f}" in result.stdout
-    assert sorted(map(int, rows[0]["top5"].split())) == [0, 1, 2, 3, 4]
-    assert Image.open(folder / "results/confusion.png").width > 300
+    assert sorted(map(int, rows[0]["top5"].split("; "))) == [0, 1, 2, 3, 4]
+    assert Image.open(folder / "results/predictions.png").width > 300
+
+
+def test_ones_own_probe_names_the_classes_of_new_clips(videos, tmp_path, monkeypatch, capsys):
+    run_dir = train_here(tmp_path, monkeypatch, "--steps", "1", "--data", str(videos))
+    for i, file in enumerate(sorted(videos.glob("*/*.mp4"))):
+        file.rename(videos / file.parent.name / f"{i % 3}{file.name}")
+    (tmp_path / "list.csv").write_text("path,label,split\n" + "".join(
+        f"{file},{file.parent.name}, {('train', 'val')[file.name[0] == '0']}\n"
+        for file in videos.glob("*/*.mp4")))
+    flags = ["--workers", "0", "--data", "list.csv", "--split", "val"]
+    found = probe.main(probe.parse_args([*flags, "--seeds", "1"]))["class"]["attentive"]["trained"]
+    classify.main([*flags, "--probe", str(run_dir / "probe-class.pt"), "--out", "results"])
+    results = json.loads((tmp_path / "results/predictions.json").read_text())["results"]
+    assert results["top1"] == pytest.approx(found) and results["clips"] == 3
+    assert (run_dir / "probe.json").exists()
+    with open(tmp_path / "results/predictions.csv") as file:
+        row = next(csv.DictReader(file))
+    assert row["label"] in "ab" and sorted(row["top5"].split("; ")) == ["a", "b"]
+    (tmp_path / "new.mp4").write_bytes((videos / "a" / "00.mp4").read_bytes())
+    capsys.readouterr()
+    classify.main(["--workers", "0", "--data", "new.mp4", "--probe",
+                   str(run_dir / "probe-class.pt")])
+    assert re.search(r"^new.mp4: [ab] 0\.\d+, [ab] 0\.\d+$", capsys.readouterr().out, re.M)
+
+
+def test_a_fine_tuned_encoder_brings_its_head(tmp_path, monkeypatch):
+    run_dir = train_here(tmp_path, monkeypatch, "--steps", "1")
+    monkeypatch.setattr("video.synthetic.Synthetic.splits", {"train": 16, "val": 8, "test": 16})
+    found = finetune.main(["--workers", "0", "--steps", "4", "--batch-size", "8"])
+    classify.main(["--checkpoint", str(run_dir / "finetuned-motion.pt"), "--workers", "0"])
+    content = json.loads((run_dir / "predictions.json").read_text())
+    assert content["results"]["top1"] == pytest.approx(found["motion"]["attentive"]["finetuned"])
+    assert list(content["per_class"]) == ["motion"]
 
 
 def test_labels_are_not_needed(lossless, monkeypatch):
@@ -75,7 +111,7 @@ def test_labels_are_not_needed(lossless, monkeypatch):
     monkeypatch.chdir(folder)
     classify.main([*PUBLISHED, "--data", str(folder), "--out", "results"])
     assert len((folder / "results/predictions.csv").read_text().splitlines()) == 3
-    assert not (folder / "results/probe.json").exists()
+    assert [path.name for path in (folder / "results").iterdir()] == ["predictions.csv"]
 
 
 def test_a_label_that_the_probe_does_not_know_ends_with_one_line_and_no_traceback(lossless):
@@ -88,7 +124,8 @@ def test_a_label_that_the_probe_does_not_know_ends_with_one_line_and_no_tracebac
 
 @pytest.mark.parametrize("flags, says", [
     (["--probe", "gone.pt"], "gone.pt: no such checkpoint"),
-    (["--probe", ENCODER], "has no 'classifier'"), (["--data", "gone.csv"], "gone.csv: no such"),
+    (["--probe", ENCODER], "has no 'classifier'"), (["--probe", ""], "holds no probe: pass --pr"),
+    (["--data", "gone.csv"], "gone.csv: no such"),
     (["--data", "synthetic", "--views", "2"], "synthetic clips")])
 def test_bad_input_is_one_clear_line(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -104,11 +141,11 @@ def test_a_probe_for_another_width_is_rejected(lossless):
                           read(folder))
 
 
-@pytest.mark.parametrize("flags", [["--checkpoint", "x.pt"], [*PUBLISHED, "--views", "-1"],
+@pytest.mark.parametrize("flags", [[*PUBLISHED, "--views", "-1"],
                                    [*PUBLISHED, "--protocol", "imagenet"],
                                    [*PUBLISHED, "--seeds", "3"]])
 def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit) as error:
         classify.main(flags)
     assert error.value.code == 2
-    assert (flags[-2] if len(flags) > 2 else "--probe") in capsys.readouterr().err
+    assert flags[-2] in capsys.readouterr().err

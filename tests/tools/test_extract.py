@@ -13,7 +13,7 @@ from model import VisionTransformer
 from runtime import weights
 from runtime.source import SourceConfig
 from runtime.weights import CheckpointError, load_encoder
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, write_video
 from tools import extract
 
 ROOT = Path(extract.__file__).parent.parent
@@ -150,3 +150,20 @@ def test_a_flag_that_would_do_nothing_exits_with_2(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         extract.main(["f.npz", flag, "x"])
     assert flag in capsys.readouterr().err
+
+
+def test_long_videos_give_a_vector_for_every_so_many_seconds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "film.mp4", 60, shade=4)
+    extract.main(["f.npz", *PUBLISHED, "--data", "film.mp4", "--every", "0.5", "--frame-step", "2"])
+    found = np.load("f.npz")
+    assert found["features"].shape == (4, 64) and found["seconds"].tolist() == [0, 0.5, 1, 1.5]
+    assert found["paths"].tolist() == ["film.mp4"] * 4
+    extract.main(["g.npz", *PUBLISHED, "--data", "film.mp4", "--frame-step", "2"])
+    middle = np.load("g.npz")["features"][0]
+    nearest = np.abs(found["features"] - middle).sum(1).argmin()
+    assert nearest in (1, 2)
+    for flags, says in ((["f.pt", "--every", "1"], "--every needs a file whose name ends in .npz"),
+                        (["f.npz", "--every", "1", "--protocol", "k400"], "pass --segments 1")):
+        with pytest.raises(ValueError, match=says):
+            extract.main([*flags, *PUBLISHED])

@@ -1,3 +1,4 @@
+import csv
 import json
 from types import SimpleNamespace
 
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 
 from baselines import mae
+from tests.conftest import write_video
 from tests.runs import train_here
 from tools import predictor
 
@@ -86,7 +88,24 @@ def test_a_method_without_predicted_features_is_an_error(tmp_path, monkeypatch):
         predictor.main([])
 
 
-@pytest.mark.parametrize("flags", [["--workers", "-2"], ["--clips", "3"]])
+def test_the_surprise_of_videos_needs_no_labels(tmp_path, monkeypatch, capsys):
+    train_here(tmp_path, monkeypatch, "--steps", "1", "--num-frames", "8")
+    write_video(tmp_path / "film.mp4", 40)
+    flags = ["--surprise", "--data", "film.mp4", "--frame-step", "1", "--workers", "0"]
+    predictor.main(flags)
+    assert len((tmp_path / "runs/run/surprise.csv").read_text().splitlines()) == 2
+    predictor.main([*flags, "--every", "0.5", "--out", "out"])
+    with open(tmp_path / "out/surprise.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "second", "step 2", "step 3", "step 4"]
+    assert [float(row["second"]) for row in rows] == [0, 0.5, 1]
+    worst = max(float(row[f"step {step}"]) for row in rows for step in (2, 3, 4))
+    printed = capsys.readouterr().out
+    assert f"{worst:.3f} at time step" in printed and "film.mp4 from second 0.5" in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["surprise.csv"]
+
+
+@pytest.mark.parametrize("flags", [["--workers", "-2"], ["--clips", "3"], ["--every", "2"]])
 def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         predictor.main(flags)

@@ -9,6 +9,7 @@ from data import DataError
 from model import patchify
 from tests.runs import train_here
 from tools import visualize
+from video.synthetic import Synthetic
 
 PICTURES = {"attention.png", "features.gif", "neighbours.png", "predictions.png"}
 
@@ -25,7 +26,7 @@ def test_every_picture_of_a_run_is_drawn_or_its_absence_explained(
     drawn = {path.name: Image.open(path) for path in (tmp_path / "pictures").iterdir()}
     assert set(drawn) == PICTURES - missing
     assert drawn["features.gif"].n_frames == 4
-    assert all(min(image.size) > 60 for image in drawn.values())
+    assert all(min(image.size) > 250 for image in drawn.values())
     said = capsys.readouterr().out
     assert all(f"no {name}" in said for name in missing)
 
@@ -54,6 +55,14 @@ def test_a_value_per_token_becomes_a_value_per_pixel_of_its_tubelet():
     film = visualize.tokens_to_pixels(values, (2, 2, 2), (2, 4, 4))[..., 0]  # (2, T, H, W)
     marked = values.expand(tubelets.shape)
     assert torch.equal(film, unpatchify(marked, (2, 4, 4), (2, 2, 2))[:, 0])
+
+
+def test_clips_without_noise_are_the_same_clips(videos):
+    noisy = Synthetic(4, 24)
+    noise = noisy[3] - visualize.without_noise(noisy)[3]
+    assert noisy.noise == 1 and noise.mean().abs() < 0.1 and 0.9 < noise.std() < 1.1
+    real = visualize.open_clips([str(videos)], 4, 1, 24, train=False)
+    assert torch.equal(visualize.without_noise(real)[0], real[0])
 
 
 def test_colours_mean_the_same_in_all_clips_and_do_not_show_position():
