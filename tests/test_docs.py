@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import probe
 import train
@@ -103,6 +104,16 @@ def test_own_clips_are_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_datasets", None)  # so that it is restored
     exec(script, {})
     assert (tmp_path / "runs/depth/checkpoint-0000003.pt").exists()
+
+
+def test_code_within_lines_runs():
+    model, _ = train.build(train.parse_args(FAST)[0])
+    past, future = torch.arange(32).expand(2, -1).split(16, dim=1)
+    names = {"model": model, "encoder": model.encoder, "past": past, "future": future,
+             "clips": torch.zeros(2, 3, 4, 16, 16), "frame": torch.zeros(2, 3, 16, 16)}
+    snippets = re.findall(r"`((?:encoder|model\.predictor)\([^`]+)`", PAGES["questions"])
+    shapes = [eval(code, names).shape for code in snippets]
+    assert (2, 16, 24) in shapes and (2, 24) in shapes and (2, *model.encoder.grid, 24) in shapes
 
 
 def test_an_encoder_is_exported(tmp_path, monkeypatch):
