@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import train
 from experiments import report
-from experiments.tables import (BASE, NUM_RATES, OTHER_SEEDS, RUNS, SEEDS, TABLES, TUNED, run_of,
+from experiments.tables import (BASE, LEARNING_RATES, OTHER_SEEDS, RUNS, SEEDS, TABLES, run_of,
                                 tuned_as)
 from runtime.report import column
 
@@ -58,12 +58,14 @@ def split_program(words):
 def commands(job, train_flags=()):
     """-> the run's Config, its folder, and the commands that train and evaluate it."""
     program, own_flags = split_program(RUNS[job.run].split())
-    mark = f"-{crc32(' '.join(train_flags).encode()):x}" if train_flags else ""
-    name = f"ablations-{job.run}-lr{job.lr:g}-seed{job.seed}{mark}"
+    # The whole schedule is scaled with its peak; at 2e-3 it is that of preset tiny.
     flags = [*BASE, *train_flags, *own_flags, "--seed", str(job.seed), "--lr", f"{job.lr:g}",
-             "--lr-start", f"{job.lr / 10:g}", "--name", name]
+             "--lr-start", f"{job.lr / 10:g}", "--lr-end", f"{job.lr / 4:g}"]
     module = importlib.import_module(program[-1].removesuffix(".py"))
-    config, run_dir, _ = train.parse_args(flags, module.Config)
+    config, *_ = train.parse_args(flags, module.Config)
+    # Another configuration, by flags or by changed defaults, is another run.
+    name = f"ablations-{job.run}-lr{job.lr:g}-seed{job.seed}-{crc32(repr(config).encode()):08x}"
+    flags, run_dir = [*flags, "--name", name], Path("runs", name)
 
     is_trial = job.seed == TRIAL_SEED
     few_labels = job.run in TABLES[6].runs and not is_trial
@@ -156,17 +158,12 @@ def choose_rates(trials):
     return {run: max(by_rate, key=by_rate.get) for run, by_rate in scores.items()}
 
 
-def rates_of(run):
-    """The learning rates that are tried for a run of TUNED."""
-    return [TUNED[run] * 2 ** i for i in range(NUM_RATES)]
-
-
 def do_trials(runs, args):
     """Try learning rates for runs of TUNED -> rows of trials.csv. Raises RuntimeError.
 
     A best rate at an edge of those tried may not be the best: then the next one is tried, too.
     """
-    trials = do_all([Job(run, TRIAL_SEED, lr) for run in runs for lr in rates_of(run)], args)
+    trials = do_all([Job(run, TRIAL_SEED, lr) for run in runs for lr in LEARNING_RATES], args)
     for _ in range(0 if args.list else MORE_RATES):
         tried = {run: [row["lr"] for row in trials if row["run"] == run] for run in runs}
         more = [Job(run, TRIAL_SEED, 2 * lr if lr == max(tried[run]) else lr / 2)
@@ -193,13 +190,13 @@ def main(args):
     runs = list(dict.fromkeys(run_of(row) for table in tables.values() for row in table.runs))
     tuned = list(dict.fromkeys(map(tuned_as, runs)))
     trials = do_trials(tuned, args)
-    rates = {run: rates_of(run)[0] for run in tuned}  # for --list before the trials
+    rates = dict.fromkeys(tuned, LEARNING_RATES[0])  # for --list before the trials
     rates |= choose_rates(trials)
     jobs = [Job(run, seed, rates[tuned_as(run)]) for run in runs
             for seed in range(args.seeds or SEEDS.get(run, OTHER_SEEDS))]
     results = do_all(jobs, args)
     if args.list:
-        jobs += [Job(run, TRIAL_SEED, lr) for run in tuned for lr in rates_of(run)]
+        jobs += [Job(run, TRIAL_SEED, lr) for run in tuned for lr in LEARNING_RATES]
         hours = estimate(jobs) / 3600
         print(f"# {len(jobs)} runs, about {hours:.1f} hours of CPU time, "
               f"{hours / args.jobs:.1f} with --jobs {args.jobs} on as many cores; more for "

@@ -153,9 +153,10 @@ def introduction(made_by, tables):
         "**Accuracies on frozen features of 1,000 test clips, mean +- standard deviation over "
         "seeds**, for 8 motions and 8 appearances of synthetic clips, by attentive and linear "
         "probes with all 2,000 labels or a fraction of them. *Seconds* are CPU seconds of "
-        "training, *lowest loss* is the lowest mean over 50 steps, the *gradient norm* that of the "
-        "encoder, a mean over the last 50 steps. The [results](ablations/results.csv) of k-NN "
-        "probes are here, too.",
+        "training, the *lowest loss* is the lowest mean over 50 steps (1 is that of predicting all "
+        "pixels as 0; `python -m experiments.oracle` prints what can be reached), the *gradient "
+        "norm* is that of the encoder, over the last 50 steps. Accuracies of k-NN probes are in "
+        "[results.csv](ablations/results.csv).",
         "**How to read the verdicts.** A difference of means has its 95 % interval beside it: "
         "Welch's t-test, over pretraining seeds, on the same test clips. `agree` and `disagree` "
         "are differences that are still clear, at 5 %, after Holm's correction for all claims and "

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import probe
 import train
@@ -34,9 +35,14 @@ def commands(text):
         yield importlib.import_module(program.removesuffix(".py")), arguments
 
 
+def is_method(module):
+    """Whether it trains: train.py, or a baseline."""
+    return module is train or module.__name__.startswith("baselines.")
+
+
 def run_briefly(module, arguments):
     """Run a command in this process, with a small model, for two steps."""
-    if hasattr(module, "build"):
+    if is_method(module):
         config, run_dir, _ = train.parse_args([*arguments, *FAST, "--steps", "2"], module.Config)
         train.main(config, run_dir, build=module.build)
     elif module is probe:
@@ -52,14 +58,14 @@ def test_every_block_of_the_lesson_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("probe.MIN_STEPS", 2)
     for language, text in blocks(PAGES["lesson"]):
         if language == "python":
-            exec(text.replace("400", "4").replace("range(64)", "range(4)"), {})
+            exec(text.replace("400", "4").replace("range(32)", "range(4)"), {})
         else:
             for module, arguments in commands(f"```bash\n{text}```"):
                 run_briefly(module, arguments)
     printed = capsys.readouterr().out
     # What holds for any sizes: nothing is visible behind blocks, nor to the context encoder.
     assert re.search(r"MultiBlockMask +0.00", printed)
-    assert re.search(r"context features +change by up to 0.00", printed)
+    assert re.search(r"context_features +change by up to 0.00", printed)
     assert re.search(r"predictions +change by up to 0.00", printed)
     assert "without positions by 0.00" in printed
     for picture in ("positions.png", "runs/fixed/curves.png", "runs/tiny-seed0/readouts.png"):
@@ -80,7 +86,7 @@ def test_commands_have_flags_that_exist(name, capsys):
     for module, arguments in commands(PAGES[name]):
         if module is probe:
             probe.parse_args(arguments)
-        elif hasattr(module, "build"):
+        elif is_method(module):
             train.parse_args(arguments, module.Config)
         elif any(word.startswith("--") for word in arguments):
             with pytest.raises(SystemExit):
@@ -98,6 +104,16 @@ def test_own_clips_are_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_datasets", None)  # so that it is restored
     exec(script, {})
     assert (tmp_path / "runs/depth/checkpoint-0000003.pt").exists()
+
+
+def test_code_within_lines_runs():
+    model, _ = train.build(train.parse_args(FAST)[0])
+    past, future = torch.arange(32).expand(2, -1).split(16, dim=1)
+    names = {"model": model, "encoder": model.encoder, "past": past, "future": future,
+             "clips": torch.zeros(2, 3, 4, 16, 16), "frame": torch.zeros(2, 3, 16, 16)}
+    snippets = re.findall(r"`((?:encoder|model\.predictor)\([^`]+)`", PAGES["questions"])
+    shapes = [eval(code, names).shape for code in snippets]
+    assert (2, 16, 24) in shapes and (2, 24) in shapes and (2, *model.encoder.grid, 24) in shapes
 
 
 def test_an_encoder_is_exported(tmp_path, monkeypatch):

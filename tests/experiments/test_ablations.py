@@ -33,8 +33,8 @@ def test_every_run_can_be_trained(run):
     assert samplers and model.encoder.norm.weight.shape == (64,)
     assert config.steps == {"random": 1, "0.25x": 125, "0.5x": 250, "4x": 2000}.get(
         "random" if UNTRAINED in RUNS[run] else run.split("-")[-1], 500)
-    assert (config.lr, config.lr_start, config.seed) == (1e-3, 1e-4, 0)
-    assert run_dir.name == f"ablations-{run}-lr0.001-seed0"
+    assert (config.lr, config.lr_start, config.lr_end, config.seed) == (1e-3, 1e-4, 2.5e-4, 0)
+    assert run_dir.name.startswith(f"ablations-{run}-lr0.001-seed0-")
     _, flags = ablations.split_program(command)
     assert train.parse_args(flags, module.Config) == (config, run_dir, False)
 
@@ -99,16 +99,15 @@ def test_rates_beyond_an_edge_are_tried_until_the_best_is_inside(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     finish_trials({
         "vjepa": {5e-4 * 2 ** i: 0.1 * i if i < 7 else 0.5 for i in range(9)},  # best: 3.2e-2
-        "mae": {4e-3 * 2 ** i: 0.9 - 0.1 * i for i in range(-3, 6)},  # better and better, downwards
-        "dino": {1e-3 * 2 ** i: 0.9 if i == 3 else 0.1 for i in range(6)}})
+        "mae": {5e-4 * 2 ** i: 0.9 - 0.1 * i for i in range(-3, 6)},  # better and better, downwards
+        "dino": {5e-4 * 2 ** i: 0.9 if i == 3 else 0.1 for i in range(6)}})
     monkeypatch.setattr(ablations, "execute", None)
     trials = ablations.do_trials(["vjepa", "mae", "dino"], ablations.parse_args(["--jobs", "1"]))
     tried = {run: [row["lr"] for row in trials if row["run"] == run] for run in RUNS}
     assert tried["vjepa"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]
-    assert tried["mae"] == [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128,  # up to the limit
-                            2e-3, 1e-3, 5e-4]
+    assert tried["mae"][6:] == [2.5e-4, 1.25e-4, 6.25e-5]  # no more
     assert len(tried["dino"]) == 6
-    assert ablations.choose_rates(trials) == {"vjepa": 3.2e-2, "mae": 5e-4, "dino": 8e-3}
+    assert ablations.choose_rates(trials) == {"vjepa": 3.2e-2, "mae": 6.25e-5, "dino": 4e-3}
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def study(tmp_path, monkeypatch):
     """Arguments of a study of two runs with one seed, three learning rates, and few labelled clips.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablations, "rates_of", lambda run: [5e-4, 1e-3, 2e-3])
+    monkeypatch.setattr(ablations, "LEARNING_RATES", (5e-4, 1e-3, 2e-3))
     monkeypatch.setattr(Synthetic, "splits", {"train": 80, "val": 32, "test": 40})
     runs = {"ijepa": "-m baselines.ijepa --steps 8",
             "random-frames": f"-m baselines.ijepa {UNTRAINED}"}
@@ -219,5 +218,5 @@ def test_other_flags_are_other_runs_and_an_unknown_table_or_flag_is_an_error(cap
     assert (other.tables, other.train_flags) == (list(TABLES), ["--steps", "3"])
     folders = [ablations.commands(Job("vjepa", 0, 1e-3), args.train_flags)[1]
                for args in (plain, other)]
-    assert str(folders[0]) == "runs/ablations-vjepa-lr0.001-seed0"
-    assert folders[1].name.startswith("ablations-vjepa-lr0.001-seed0-")
+    assert folders[0] != folders[1]
+    assert all(str(folder).startswith("runs/ablations-vjepa-lr0.001-seed0-") for folder in folders)
