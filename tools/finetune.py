@@ -115,8 +115,8 @@ def main(arguments=None):
                 probabilities, ids = classify(encoder, head, clips)
                 table[seed, fold] = accuracy(probabilities.argmax(1), test_set.labels(ids)[task])
                 if fraction == 1 and seed == fold == 0:
-                    write_encoder(folder / f"finetuned-{task}.pt", network, classes=names,
-                                  classifier=head.cpu().state_dict(),
+                    write_encoder(folder / f"finetuned-{task}.pt", network, task=task,
+                                  classes=names, classifier=head.cpu().state_dict(),
                                   config=clip_options | {"data": data})
             print(f"{task}, {100 * fraction:g} % of the labels: {table.mean():.3f} +- "
                   f"{table.mean(1).std(ddof=min(1, config.seeds - 1)):.3f}", flush=True)
