@@ -23,7 +23,8 @@ from video.synthetic import Synthetic
 ROOT = Path(train.__file__).parent
 FAST = ("--img-size 16 --patch-size 4 --num-frames 4 --tubelet-size 2 --embed-dim 24 --depth 1 "
         "--num-heads 2 --predictor-dim 12 --predictor-depth 1 --batch-size 4 --steps 6 "
-        "--eval-clips 7 --eval-every 3 --save-every 2 --device cpu --workers 0").split()
+        "--warmup 0.15 --eval-clips 7 --eval-every 3 --save-every 2 --device cpu "
+        "--workers 0").split()
 
 # Processes start from a server that has imported torch but not run anything.
 SERVER = multiprocessing.get_context("forkserver")

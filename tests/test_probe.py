@@ -306,7 +306,8 @@ def test_extracted_features_give_the_same_table(split, probed, videos, tmp_path,
     from_file = probe.main(probe.parse_args([*table, "--features", "features.npz"]))
     assert from_file == directly and set(directly["class"]) == set(probe.PROBES)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "videos", "direct", "features.npz", "probe.json", "confusion.png"}
+        "videos", "direct", "features.npz", "probe.json", "confusion.png",
+        "probe-class.pt"}
 
     extract.main(["means.npz", *common])
     means = probe.main(probe.parse_args([*table, "--features", "means.npz"]))
@@ -383,7 +384,7 @@ def test_streaming_and_memory_give_the_same_table(videos, tmp_path, monkeypatch)
     streamed = probe.main(probe.parse_args([*common, "--out", "stream", "--no-augment"]))
     assert streamed == in_memory and "attentive" in streamed["class"]
     files = {path.name for path in Path("stream").iterdir()}
-    assert files == {"probe.json", "confusion.png"}  # no progress is left
+    assert files == {"probe.json", "confusion.png", "probe-class.pt"}  # no progress is left
 
 
 def results(folder):
