@@ -306,8 +306,7 @@ def test_extracted_features_give_the_same_table(split, probed, videos, tmp_path,
     from_file = probe.main(probe.parse_args([*table, "--features", "features.npz"]))
     assert from_file == directly and set(directly["class"]) == set(probe.PROBES)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "videos", "direct", "features.npz", "probe.json", "confusion.png",
-        "probe-class.pt"}
+        "videos", "direct", "features.npz", "probe.json", "confusion.png", "probe-class.pt"}
 
     extract.main(["means.npz", *common])
     means = probe.main(probe.parse_args([*table, "--features", "means.npz"]))
@@ -385,6 +384,10 @@ def test_streaming_and_memory_give_the_same_table(videos, tmp_path, monkeypatch)
     assert streamed == in_memory and "attentive" in streamed["class"]
     files = {path.name for path in Path("stream").iterdir()}
     assert files == {"probe.json", "confusion.png", "probe-class.pt"}  # no progress is left
+    kept = [probe.AttentiveProbe.from_checkpoint(f"{folder}/probe-class.pt", 4).state_dict()
+            for folder in ("memory", "stream")]
+    for ours, theirs in zip(*(state.values() for state in kept), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
 def results(folder):

@@ -81,7 +81,8 @@ def test_ones_own_probe_names_the_classes_of_new_clips(videos, tmp_path, monkeyp
         f"{file},{file.parent.name}, {('train', 'val')[file.name[0] == '0']}\n"
         for file in videos.glob("*/*.mp4")))
     flags = ["--workers", "0", "--data", "list.csv", "--split", "val"]
-    found = probe.main(probe.parse_args([*flags, "--seeds", "1"]))["class"]["attentive"]["trained"]
+    found = probe.main(probe.parse_args([*flags, "--seeds", "1", "--controls", "--label-fraction"]))
+    found = found["class"]["attentive"]["trained"]
     classify.main([*flags, "--probe", str(run_dir / "probe-class.pt"), "--out", "results"])
     results = json.loads((tmp_path / "results/predictions.json").read_text())["results"]
     assert results["top1"] == pytest.approx(found) and results["clips"] == 3
