@@ -38,11 +38,13 @@ def test_after_a_half_life_half_of_a_weight_is_left():
 
 def test_update_averages_parameters_and_floating_buffers_and_copies_counters():
     target, online = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for module, scale in (target, 0.0), (online, 4.0):
+        module.register_buffer("scale", torch.tensor(scale))  # without an axis
     online.weight.data.fill_(3.0)
     online.running_mean.fill_(2.0)
     online.num_batches_tracked.fill_(7)
     ema.update(target, online, 0.75)
     assert torch.allclose(target.weight, torch.full((3,), 1.5))
     assert torch.allclose(target.running_mean, torch.full((3,), 0.5))
-    assert target.num_batches_tracked == 7
+    assert target.num_batches_tracked == 7 and target.scale == 1
     assert torch.equal(online.weight, torch.full((3,), 3.0))
