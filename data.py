@@ -58,7 +58,7 @@ class VideoClips(Dataset):
                  fps=None, weights=None, classes=None, need_labels=False, segments=1, views=1):
         self.name, self.train, self.seed, self.img_size = " ".join(paths), train, seed, img_size
         self.num_frames, self.frame_step, self.fps = num_frames, frame_step, fps
-        self.protocol, self.augmentation = (segments, views), None
+        self.protocol, self.augmentation, self.flip = (segments, views), None, True
 
         entries = load_entries(paths)
         if need_labels:
@@ -158,7 +158,7 @@ class VideoClips(Dataset):
         if self.augmentation is not None:
             rng = np.random.default_rng((2, self.seed, self.augmentation, sample_id))
             crop = partial(random_resized_crop, rng, size, area=(0.08, 1.0))
-            flip = rng.random() < 0.5
+            flip = rng.random() < 0.5 and self.flip
         segments, views = map(positions, self.protocol)
         read = [self.read(sample_id, position, crop) for position in segments]
         clips = torch.stack([to_tensor(clip[:, :, ::-1] if flip else clip)
@@ -172,11 +172,12 @@ class VideoClips(Dataset):
         clips = torch.stack(crops)  # (V, S, 3, T, H, W)
         return clips[0, 0] if self.protocol == (1, 1) else clips
 
-    def augmented(self, epoch):
-        """The same evaluation clips with a random crop of each, 8 to 100 % of the area, and a flip:
-        a function of (seed, epoch, sample id). For training a probe (paper, appendix D)."""
+    def augmented(self, epoch, flip=True):
+        """The same evaluation clips with a random crop of each, 8 to 100 % of the area, and a flip
+        of every other one: a function of (seed, epoch, sample id). For training a probe (paper,
+        appendix D). flip=False is for classes that tell left from right."""
         clips = copy.copy(self)
-        clips.augmentation = epoch
+        clips.augmentation, clips.flip = epoch, flip
         return clips
 
     def labels(self, sample_ids):

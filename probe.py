@@ -65,6 +65,7 @@ class Config(SourceConfig):
     tokens: str = flag("auto", "keep them in memory, or stream: encode anew every epoch; auto: "
                        "memory if they fit into half of it", ("auto", "memory", "stream"))
     augment: bool = flag(True, "random crops and flips of videos (not synthetic) that stream")
+    flip: bool = flag(True, "the flips; --no-flip where classes tell left from right")
 
 
 class CrossAttention(nn.Module):
@@ -471,7 +472,7 @@ def main(config):
             if saved_fit:  # none before the first epoch
                 fit.load_state_dict(saved_fit)
         for epoch in range(state["epoch"], max(fit.epochs for fit in fits.values())):
-            clips = train_set.augmented(epoch) if config.augment else train_set
+            clips = train_set.augmented(epoch, config.flip) if config.augment else train_set
             train_epoch(fits, encoders, clips, torch.tensor(train_ids), epoch, bad_files, config,
                         device)
             state |= {"epoch": epoch + 1, "fits": [fit.state_dict() for fit in fits.values()]}

@@ -110,6 +110,9 @@ def test_augmented_clips_are_a_function_of_epoch_and_sample_id(tmp_path):
     brighter = (many[..., -1] > many[..., 0] + 20).flatten(1).any(1)
     darker = (many[..., -1] < many[..., 0] - 20).flatten(1).any(1)
     assert 8 < brighter.sum() < 32 and 8 < darker.sum() < 32 and not (brighter & darker).any()
+    for epoch in darker.nonzero()[:, 0].tolist():  # these are the flipped ones
+        unflipped = clips.augmented(epoch, flip=False).batch([0]).clips[0]
+        assert torch.equal(unflipped.float(), many[epoch].flip(-1))
     whole = clips.batch([0]).clips.float().amax((-2, -1))
     assert (many.amax((-2, -1)) <= whole + 3).all()
     assert clips.augmentation is None

@@ -49,6 +49,7 @@ class Config(SourceConfig):
     lr: float = flag(5e-4, "learning rate of the encoder", least=0, most=1000)
     head_lr: float = flag(1e-3, "learning rate of the head", least=0, most=1000)
     weight_decay: float = flag(0.05, "weight decay", least=0, most=1000)
+    flip: bool = flag(True, "flip videos at random; --no-flip where classes tell left from right")
 
 
 def finetune(encoder, head, dataset, sample_ids, task, seed, bad_files, config):
@@ -67,7 +68,8 @@ def finetune(encoder, head, dataset, sample_ids, task, seed, bad_files, config):
     while left:
         order = sample_ids[epoch_order(seed, epoch, len(sample_ids))]
         batches = [part.tolist() for part in order.split(size) if len(part) == size][:left]
-        for ids, clips in read_batches(dataset.augmented(epoch), batches, bad_files, config, device,
+        augmented = dataset.augmented(epoch, config.flip)
+        for ids, clips in read_batches(augmented, batches, bad_files, config, device,
                                        f"{task}, {left} steps left"):
             if ids:  # some of the clips could be read: (B, 1, S, C, T, H, W)
                 with torch.autocast(device.type, torch.bfloat16, use_bf16):

@@ -59,10 +59,10 @@ class Playback(Dataset):
         return Batch(torch.cat(clips) if clips else read.clips,
                      torch.tensor(kept, dtype=torch.int64), bad)
 
-    def augmented(self, epoch):
+    def augmented(self, epoch, flip=True):
         """The same clips, cropped and flipped at random (VideoClips.augmented)."""
         clips = copy.copy(self)
-        clips.played = [played.augmented(epoch) for played in self.played]
+        clips.played = [played.augmented(epoch, flip) for played in self.played]
         return clips
 
     def path(self, sample_id):

@@ -82,7 +82,7 @@ class Synthetic(torch.utils.data.Dataset):
         clips = torch.stack([self.draw_clip(sample_id) for sample_id in sample_ids])
         return Batch(clips, torch.as_tensor(sample_ids), [])
 
-    def augmented(self, epoch):
+    def augmented(self, epoch, flip=True):
         """No crops or flips, unlike VideoClips.augmented: a flip would change the motion."""
         return self
 
