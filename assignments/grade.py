@@ -138,6 +138,8 @@ def build_tree(job, part, tree):
         for name in report_files(job.folder):
             copy_inside(job.folder, name, tree)
         shutil.copytree(HERE / "example", tree / "reference_example", dirs_exist_ok=True)
+        shutil.copyfile(ROOT / "docs/ablations/results.csv",
+                        tree / "reference_example/published.csv")
     # Only files that the project has: a student's conftest.py or torch.py could fake any result.
     for name in code_files():
         copy_inside(source, name, tree)

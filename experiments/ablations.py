@@ -1,12 +1,12 @@
 """The paper's comparisons at laptop scale: small runs, trained and probed, side by side.
 
-    python -m experiments.ablations --out docs     all tables -> docs/ablations.md, about 3 hours
+    python -m experiments.ablations --out docs     all tables -> docs/ablations.md, about 2 hours
     python -m experiments.ablations 1 5 --seeds 5  tables 1 and 5 -> out/ablations.md
     python -m experiments.ablations 2 --steps 3000 --embed-dim 96    with any flags of train.py
     python -m experiments.ablations 5 --list       the commands that would be run, for you to copy
 
-Learning rates are chosen on validation clips, for each run of tables.TUNED: six trials, and more as
-long as the best is at an edge of those tried. Then every run is trained with several seeds and
+Learning rates are chosen on validation clips, for each run of tables.TUNED: four trials, and more
+as long as the best is at an edge of those tried. Then every run is trained with several seeds and
 tested once. A run uses one thread and leaves its results in runs/; the same command continues an
 interrupted study.
 """
@@ -72,11 +72,7 @@ def commands(job, train_flags=()):
     probing = ["probe.py", "--checkpoint", str(run_dir), "--split", "val" if is_trial else "test",
                "--label-fraction", *(["0.1", "0.05", "0.01"] if few_labels else ["0.1"]),
                "--controls", "--seeds", "1", "--workers", "0", "--device", config.device]
-    steps = [[*program, *flags], probing]
-    if job.run in TABLES[11].runs and not is_trial:
-        steps.append(["-m", "tools.predictor", "--checkpoint", str(run_dir), "--workers", "0",
-                      "--device", config.device])
-    return config, run_dir, steps
+    return config, run_dir, [[*program, *flags], probing]
 
 
 def execute(command, log):
@@ -110,12 +106,6 @@ def results_of(run_dir):
                 if column("trained", fraction) in scores:
                     accuracy = round(scores[column("trained", fraction)], 4)  # of 1,000 clips
                     columns[f"{task} {probe} {fraction:g}"] = accuracy
-    if (run_dir / "predictor.json").exists():
-        content = json.loads((run_dir / "predictor.json").read_text())
-        for task, scores in content["readouts"].items():
-            columns |= {f"{task} {source}": round(value, 4) for source, value in scores.items()}
-        for event, scores in content["surprise"].items():
-            columns[f"surprise {event}"] = round(scores["auc"], 4)
     return columns
 
 

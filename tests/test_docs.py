@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from assignments import start
 from tests.runs import FAST
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("lesson", "questions")}
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text()
+         for name in ("lesson", "questions", "real")}
 
 
 def blocks(page):
@@ -33,6 +35,14 @@ def commands(text):
         if program == "-m":
             program, *arguments = arguments
         yield importlib.import_module(program.removesuffix(".py")), arguments
+
+
+def expanded(text):
+    """The commands that the bash blocks of a page run, loops and variables expanded by bash."""
+    script = "\n".join(block for language, block in blocks(text) if language == "bash")
+    lines = subprocess.run(["bash", "-ec", 'python() { echo "python $*"; }\n' + script],
+                           capture_output=True, text=True, check=True).stdout
+    return commands(f"```bash\n{lines}```")
 
 
 def is_method(module):
@@ -83,7 +93,7 @@ def test_clips_and_masks_give_the_numbers_in_the_lesson(capsys):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_have_flags_that_exist(name, capsys):
-    for module, arguments in commands(PAGES[name]):
+    for module, arguments in expanded(PAGES[name]) if name == "real" else commands(PAGES[name]):
         if module is probe:
             probe.parse_args(arguments)
         elif is_method(module):

@@ -90,10 +90,18 @@ def test_a_recipe_applies_and_its_commands_run(name, diff, commands, project):
         assert all(token in "#·" for row in rows[4:-4] for token in row.split()[4:-4])
 
 
-def test_every_link_to_a_file_has_its_file():
+def anchors(page):
+    """What the headings of a page are called in links, by GitHub's rules."""
+    titles = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?ms)^```.*?^```", "", page.read_text()))
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_every_link_has_its_file_and_heading():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("assignments/*.md")]:
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
 
 
 def test_every_picture_in_docs_is_on_a_page():

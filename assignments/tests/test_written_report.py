@@ -24,11 +24,15 @@ def report():
 @pytest.fixture
 def values(report):
     """The value of each seed of both runs, in the column that the report names."""
-    runs, example = read(report["results"]), read("reference_example/results.csv")
+    runs, example, published = map(read, (report["results"], "reference_example/results.csv",
+                                          "reference_example/published.csv"))
     column = report["column"]
     assert all(runs[run][column] != accuracies.get(column) for run, accuracies in example.items()
                if run in runs), "the numbers of the example are invented: use yours"
-    return [runs[report[side]][column] for side in ("better", "worse")]
+    sides = report["better"], report["worse"]
+    assert not any(runs[run].get("seconds") == published[run]["seconds"]
+                   for run in sides if run in published), "these are the numbers in docs/: use yours"
+    return [runs[run][column] for run in sides]
 
 
 def test_the_report_has_every_entry_and_words_enough(report):

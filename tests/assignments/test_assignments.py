@@ -138,6 +138,9 @@ def results(tmp_path_factory):
         path = reference(folder / f"report{i}") / "report.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         jobs["report", i] = grade.Job(path.parent, 5, ("d",))
+    published = reference(folder / "published")
+    shutil.copyfile(ROOT / "docs/ablations/results.csv", published / "mine.csv")
+    jobs["published"] = grade.Job(published, 5, ("d",))
     # In a process of its own, because a process has one forkserver for all of its tests.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         done = pool.submit(grade.grade, list(jobs.values()), workers=3).result()
@@ -190,6 +193,7 @@ def test_a_solution_that_is_nearly_right_loses_points(number, results):
 def test_a_report_that_does_not_fit_its_results_loses_points(results):
     for i, (_, points) in enumerate(REPORTS):
         assert [entry["score"] for entry in results["report", i]["tests"]] == points
+    assert [entry["score"] for entry in results["published"]["tests"]] == [5, 0, 0, 0]
 
 
 def test_a_crash_and_an_endless_loop_cost_only_their_own_points(results):
