@@ -31,7 +31,7 @@ def values(report):
                if run in runs), "the numbers of the example are invented: use yours"
     sides = report["better"], report["worse"]
     assert not any(runs[run].get("seconds") == published[run]["seconds"]
-                   for run in sides if run in published), "these are the numbers in docs/: use yours"
+                   for run in sides if run in published), "these numbers are in docs/: use yours"
     return [runs[run][column] for run in sides]
 
 
