@@ -64,8 +64,11 @@ class VideoClips(Dataset):
         if need_labels:
             entries = with_labels(entries)
         class_names, class_indices = number_labels(entries, classes)  # the same for all splits
-        self.splits = {entry.split for entry in entries if entry.split}
-        entries = [entry for entry in entries if entry.split in (None, split or entry.split)]
+        # If any clip names its split, those that name none are for training.
+        named = any(entry.split for entry in entries)
+        self.splits = {entry.split or "train" for entry in entries} if named else set()
+        if split and named:
+            entries = [entry for entry in entries if (entry.split or "train") == split]
         if not entries:
             raise DataError(f"{self.name}: nothing for {split}, only for "
                             f"{', '.join(sorted(self.splits))}")

@@ -224,6 +224,11 @@ def parse_args(arguments=None):
     args.tables, args.train_flags = tables or list(TABLES), rest[len(tables):]
     if not set(tables) <= set(TABLES) or args.seeds < 0 or args.jobs < 1:
         parser.error(f"tables are 1 to {len(TABLES)}, --seeds at least 0 and --jobs at least 1")
+    own = {"--data", "--name", "--restart", "--seed", "--lr", "--lr-start", "--lr-end"}
+    if 9 in args.tables:
+        own.add("--steps")
+    if taken := sorted(own.intersection(word.split("=")[0] for word in args.train_flags)):
+        parser.error(f"{', '.join(taken)}: these are the study's own (--steps those of table 9)")
     train.parse_args([*BASE, *args.train_flags])  # wrong flags end the study before it begins
     return args
 

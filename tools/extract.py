@@ -29,6 +29,7 @@ from runtime.loading import BadFiles
 from runtime.resume import complete_file
 from runtime.source import SourceConfig, check_memory, open_source, read_clips
 from runtime.weights import CheckpointError
+from video.listing import note
 from video.windows import Windows
 
 
@@ -82,8 +83,12 @@ def extract(file, encoder, data, clip_options, protocol, config, keep_tokens=Fal
         for name, values in found.items():
             columns.setdefault(name, []).append(values)
     arrays = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
+    for name in [name for name in arrays if len(arrays[name]) < len(arrays["features"])]:
+        note(f"{name} are left out of {file}: not all splits of {dataset.name} have them")
+        del arrays[name]
     for task, names in dataset.class_names.items():
-        arrays["classes" if task == "class" else f"classes_{task}"] = np.array(names)
+        if ("labels" if task == "class" else f"labels_{task}") in arrays:
+            arrays["classes" if task == "class" else f"classes_{task}"] = np.array(names)
     if keep_tokens:
         arrays["num_heads"] = np.array(encoder.num_heads)
     with complete_file(file) as stream:

@@ -30,7 +30,7 @@ from runtime.loading import BadFiles
 from runtime.metrics import accuracy
 from runtime.source import (SourceConfig, open_source, open_splits, read_batches, read_clips,
                             samples_per_batch, source_of)
-from runtime.weights import CheckpointError
+from runtime.weights import CheckpointError, load_checkpoint
 from tools.classify import classify
 from tools.extract import write_encoder
 from train import PRESETS, build
@@ -87,10 +87,20 @@ def main(arguments=None):
     config, _ = parse(argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter), Config, arguments)
-    preset = PRESETS[config.preset] if config.checkpoint == "none" else None
-    path, encoder, data, clip_options, protocol = open_source(config) if not preset else (
-        Path(f"runs/supervised-{config.preset}"),
-        *source_of(build(preset)[0].encoder, vars(preset), config))
+    if config.checkpoint == "none":
+        if config.num_heads:
+            raise ValueError("--num-heads is for checkpoints: --checkpoint none takes a --preset")
+        preset, path = PRESETS[config.preset], Path(f"runs/supervised-{config.preset}")
+        trained = asdict(preset)
+        source = source_of(build(preset)[0].encoder, trained, config)
+    elif config.preset != Config.preset:
+        raise ValueError("--preset is for --checkpoint none: checkpoints have their own encoder")
+    else:
+        preset, (path, *source) = None, open_source(config)
+        trained = load_checkpoint(path).get("config", {})
+    # How the weights were drawn, for probe.py's control of random weights.
+    start = {name: trained[name] for name in ("seed", "init_std") if name in trained}
+    encoder, data, clip_options, protocol = source
     train_set, test_set, folds = open_splits(data, config.split, clip_options, config.test_data,
                                              **protocol)
     folder = Path(config.out or (path.parent if path.is_file() else path))
@@ -119,13 +129,14 @@ def main(arguments=None):
                 if fraction == 1 and seed == fold == 0:
                     write_encoder(folder / f"finetuned-{task}.pt", network, task=task,
                                   classes=names, classifier=head.cpu().state_dict(),
-                                  config=clip_options | {"data": data})
+                                  config=clip_options | {"data": data} | start)
             print(f"{task}, {100 * fraction:g} % of the labels: {table.mean():.3f} +- "
                   f"{table.mean(1).std(ddof=min(1, config.seeds - 1)):.3f}", flush=True)
     bad_files.summary()
     results = report.summarize(scores)
+    made_with = asdict(config) | {"checkpoint": "none" if preset else str(path), "data": data}
     (folder / "finetune.json").write_text(json.dumps(
-        {"made_with": asdict(config) | {"data": data}, "results": results}, indent=1) + "\n")
+        {"made_with": made_with, "results": results}, indent=1) + "\n")
     print(f"written to {folder}/: finetune.json, "
           + ", ".join(f"finetuned-{task}.pt" for task in results))
     return results

@@ -201,13 +201,14 @@ def test_the_lowest_loss_is_that_of_a_running_mean(tmp_path):
 
 def test_other_flags_are_other_runs_and_an_unknown_table_or_flag_is_an_error(capsys):
     for arguments, message in ((["10"], "tables are 1 to 9"), (["--jobs", "0"], "at least 1"),
-                               (["--stepz", "3"], "--stepz")):
+                               (["--stepz", "3"], "--stepz"), (["1", "--lr", "1"], "--lr: these"),
+                               (["--steps", "3"], "--steps: these are the study's own")):
         with pytest.raises(SystemExit):
             ablations.parse_args(arguments)
         assert message in capsys.readouterr().err
-    plain, other = ablations.parse_args(["3", "1"]), ablations.parse_args(["--steps", "3"])
+    plain, other = ablations.parse_args(["3", "1"]), ablations.parse_args(["--depth", "3"])
     assert (plain.tables, plain.train_flags) == ([3, 1], [])
-    assert (other.tables, other.train_flags) == (list(TABLES), ["--steps", "3"])
+    assert (other.tables, other.train_flags) == (list(TABLES), ["--depth", "3"])
     folders = [ablations.commands(Job("vjepa", 0, 1e-3), args.train_flags)[1]
                for args in (plain, other)]
     assert folders[0] != folders[1]

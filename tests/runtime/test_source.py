@@ -147,6 +147,14 @@ def test_val_is_used_if_there_is_no_test_split(tmp_path, capsys):
     assert all("/val/" in test.path(i) for i in test_ids) and len(test_ids) == 2
 
 
+def test_clips_that_name_no_split_are_for_training_if_others_name_theirs(tmp_path):
+    write_small_images(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "list.csv").write_text("path,label,split\n1.png,a,\n2.png,b,train\n3.png,a,test\n")
+    train, test, [(train_ids, test_ids)] = open_splits([str(tmp_path / "list.csv")], "test", CLIP)
+    assert [train.path(i)[-5:] for i in train_ids] == ["1.png", "2.png"]
+    assert [test.path(i)[-5:] for i in test_ids] == ["3.png"]
+
+
 def test_test_data_may_be_elsewhere_and_must_have_the_classes_of_the_training_data(tmp_path):
     write_small_images(tmp_path, ["1.png", "2.png"])
     for name, text in (("a", "1.png 0\n2.png 1"), ("b", "2.png 1"), ("c", "1.png 0\n2.png 2")):

@@ -42,6 +42,19 @@ def test_extracted_features_have_their_paths_labels_and_splits(tmp_path):
     np.testing.assert_allclose(found["features"][7], expected, atol=2e-3)
 
 
+def test_labels_that_only_some_splits_have_are_left_out_with_a_note(tmp_path, capsys):
+    for i in range(3):
+        Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "list.csv").write_text("path,label,split\n0.png,a,train\n1.png,b,\n2.png,,test\n")
+    encoder, file = VisionTransformer(16, 8, 4, 2, 3, 24, 1, 2).eval(), tmp_path / "features.npz"
+    extract.extract(file, encoder, [str(tmp_path / "list.csv")], CLIP,
+                    {"segments": 1, "views": 1}, SourceConfig(workers=0))
+    found = np.load(file)
+    assert sorted(found) == ["features", "paths", "split"] and len(found["features"]) == 3
+    assert found["split"].tolist() == ["test", "train", "train"]
+    assert "note: labels are left out" in capsys.readouterr().err
+
+
 def test_tokens_and_groups_are_written_for_probing(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [f"{c}/{i}.mp4,{c},g{i // 3}" for c in "ab" for i in range(6)]

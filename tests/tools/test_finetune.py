@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from data import DataError
+from runtime.source import random_init_encoder
 from runtime.weights import load_encoder
 from tests.runs import train_here
 from tools import finetune
@@ -48,10 +49,23 @@ def test_all_weights_of_a_run_are_fine_tuned_and_a_file_keeps_them(tmp_path, mon
     assert results["motion"]["attentive"].keys() == {"finetuned", "finetuned_std", "finetuned_50",
                                                      "finetuned_50_std"}
     assert "motion, 50 % of the labels: 0." in capsys.readouterr().out
+    assert json.loads((run_dir / "finetune.json").read_text())["made_with"]["checkpoint"] == str(
+        run_dir)
+    untrained = [random_init_encoder(path, 4).state_dict()  # probe.py's control
+                 for path in (run_dir, run_dir / "finetuned-appearance.pt")]
+    assert all(map(torch.equal, *(weights.values() for weights in untrained)))
     before = load_encoder(run_dir).state_dict()
     after = load_encoder(run_dir / "finetuned-appearance.pt").state_dict()
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert same == ["pos_embed"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--preset", "small"], "--preset is for --checkpoint none"),
+    (["--checkpoint", "none", "--num-heads", "2"], "--num-heads is for checkpoints")])
+def test_flags_that_would_do_nothing_are_errors(flags, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.main(flags)
 
 
 def test_a_rate_of_0_freezes_the_encoder(tmp_path, monkeypatch):
