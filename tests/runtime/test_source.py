@@ -103,6 +103,19 @@ def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys
     assert "every third clip is held out. If several clips are from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names, says", [
+    (["a/1.png"], "0 to train on and 1 to test on"),
+    (["a/1.png", "b/1.png"], "1 to train on and 1 to test on"),
+    (["train/a/1.png", "val/a/1.png", "val/b/1.png"], "1 to train on and 2 to test on")])
+def test_too_few_clips_to_train_on_are_an_error(names, says, tmp_path):
+    write_small_images(tmp_path, names)
+    with pytest.raises(DataError, match=f"{tmp_path}: too few clips, {says}: at least 2"):
+        open_splits([str(tmp_path)], "test", CLIP)
+    if len(names) == 1:
+        with pytest.raises(DataError, match="1 to train on and 1 to test on"):
+            open_splits([str(tmp_path)], "test", CLIP, [str(tmp_path)])
+
+
 def write_groups(folder):
     write_small_images(folder, [f"{i}.png" for i in range(9)])
     lines = ["path,label,group", *(f"{i}.png,{i % 2},g{i // 2}" for i in range(9))]
