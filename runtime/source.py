@@ -92,6 +92,10 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
     if test_data:
         test = open_split(None, test_data, views=views,
                           classes=getattr(train, "classes", None))
+        if test.class_names != train.class_names:
+            raise DataError(f"{test.name}: has labels of {', '.join(test.class_names)}, but the "
+                            f"training clips, {train.name}, of {', '.join(train.class_names)}: "
+                            "pass --data, too, with the same classes")
         return train, test, check_folds([(ids, range(len(test)))], train.name)
     if split not in train.splits and "val" in train.splits and not leave_out:
         print(f"no '{split}' split: 'val' is used")

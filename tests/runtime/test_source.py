@@ -171,6 +171,9 @@ def test_test_data_may_be_elsewhere_and_must_have_the_classes_of_the_training_da
     assert train.protocol == (1, 1) and test.protocol == (1, 3)
     with pytest.raises(DataError, match=r"c.txt:2: label 2 is not among the 2 classes"):
         open_splits([a], "test", CLIP, [c])
+    with pytest.raises(DataError, match="b.txt: has labels of class, but the training clips, "
+                                        "synthetic, of motion, appearance: pass --data, too"):
+        open_splits(["synthetic"], "test", CLIP, [b])
 
 
 def test_synthetic_clips_have_their_own_test_split():
