@@ -40,6 +40,8 @@ def follow(clip, visible, velocity, doubt):
 
 def oracle_losses(config, num_clips=64):
     """The oracle's loss on clips of a videomae.Config, a float for each of its mask sets."""
+    if config.masking == "multi-block":  # --mask-ratio is for tubes only
+        config = replace(config, mask_ratio=videomae.Config.mask_ratio)
     model, samplers = videomae.build(config)
     dataset = Synthetic(config.num_frames, config.img_size, config.seed, noise=config.noise)
     ids, grid, tubelet = range(num_clips), model.encoder.grid, model.encoder.tubelet
