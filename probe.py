@@ -368,6 +368,8 @@ def main(config):
     ValueError, DataError or CheckpointError, and OSError if progress cannot be written.
     """
     check(config)
+    if not config.probes:
+        raise ValueError(f"--probes: name at least one of {', '.join(PROBES)}")
     rank, world_size = process()
     streaming = config.tokens == "stream" or world_size > 1
     attentive = "attentive" in config.probes
@@ -381,6 +383,9 @@ def main(config):
                              "or --task: the file has its own clips and labels")
         path, data, device = Path(config.features), [], pick_device(config.device)
         file = feature_file.read(path)
+        if set(config.probes) == {"attentive"} and file.tokens.shape[2] < 2:
+            raise ValueError(f"{path}: {file.tokens.shape[2]} tokens per clip, but attentive "
+                             "probes need at least 2: extract with --tokens")
         folds = feature_file.split_folds(file, config.split, path)
         train_ids = sorted({i for ids, _ in folds for i in ids})
         test_ids, test_labels = range(len(file.mean)), file.labels

@@ -7,6 +7,7 @@ is, it predicts 0. That is no lower bound: it does not complete a glyph of which
 """
 
 import math
+import sys
 from dataclasses import replace
 
 import runtime  # noqa: F401 (before torch)
@@ -40,6 +41,8 @@ def follow(clip, visible, velocity, doubt):
 
 def oracle_losses(config, num_clips=64):
     """The oracle's loss on clips of a videomae.Config, a float for each of its mask sets."""
+    if config.masking == "multi-block":  # --mask-ratio is for tubes only
+        config = replace(config, mask_ratio=videomae.Config.mask_ratio)
     model, samplers = videomae.build(config)
     dataset = Synthetic(config.num_frames, config.img_size, config.seed, noise=config.noise)
     ids, grid, tubelet = range(num_clips), model.encoder.grid, model.encoder.tubelet
@@ -62,5 +65,9 @@ def oracle_losses(config, num_clips=64):
 
 if __name__ == "__main__":
     config, _, _ = train.parse_args(None, videomae.Config, __doc__)
-    for masking in ("multi-block", "tube"):
-        print(masking, *(f"{loss:.3f}" for loss in oracle_losses(replace(config, masking=masking))))
+    try:
+        for masking in ("multi-block", "tube"):
+            losses = oracle_losses(replace(config, masking=masking))
+            print(masking, *(f"{loss:.3f}" for loss in losses))
+    except ValueError as error:  # flags that do not fit together
+        sys.exit(f"error: {error}")

@@ -9,7 +9,7 @@ import torch
 
 from data import DataError
 from runtime.device import free_memory
-from runtime.source import hold_out
+from runtime.source import check_folds, hold_out
 
 
 @dataclass
@@ -74,7 +74,7 @@ def split_folds(file, split, name):
         print(f"no '{split}' split: 'val' is used")
         split = "val"
     if split in file.splits:
-        return [(clips_of("train"), clips_of(split))]
+        return check_folds([(clips_of("train"), clips_of(split))], name)
     ids = range(len(file.splits)) if leave_out else clips_of("train")
     labels = next(iter(file.labels.values()))[list(ids)]
     folds = hold_out(labels, file.groups and [file.groups[i] for i in ids], split, name)

@@ -92,13 +92,17 @@ def open_splits(data, split, clip_options, test_data=None, segments=1, views=1, 
     if test_data:
         test = open_split(None, test_data, views=views,
                           classes=getattr(train, "classes", None))
-        return train, test, [(ids, range(len(test)))]
+        if test.class_names != train.class_names:
+            raise DataError(f"{test.name}: has labels of {', '.join(test.class_names)}, but the "
+                            f"training clips, {train.name}, of {', '.join(train.class_names)}: "
+                            "pass --data, too, with the same classes")
+        return train, test, check_folds([(ids, range(len(test)))], train.name)
     if split not in train.splits and "val" in train.splits and not leave_out:
         print(f"no '{split}' split: 'val' is used")
         split = "val"
     if split in train.splits:
         test = open_split(split, views=views)
-        return train, test, [(ids, range(len(test)))]
+        return train, test, check_folds([(ids, range(len(test)))], train.name)
     folds = hold_out(next(iter(train.labels(ids).values())), train.groups, split, train.name)
     return train, open_split(None if leave_out else "train", views=views), folds
 
@@ -125,8 +129,18 @@ def hold_out(labels, groups, split, name):
               "video, name it in a column 'group' of a list, or training has seen it")
         groups = ids  # every clip is its own group
         held_out = [set(labels.argsort(stable=True)[::3].tolist())]
-    return [([i for i in ids if groups[i] not in test], [i for i in ids if groups[i] in test])
-            for test in held_out]
+    return check_folds([([i for i in ids if groups[i] not in test],
+                         [i for i in ids if groups[i] in test]) for test in held_out], name)
+
+
+def check_folds(folds, name):
+    """-> the same folds. Raises DataError if one has too few clips: a single one to train on would
+    have no standard deviation."""
+    for train_ids, test_ids in folds:
+        if len(train_ids) < 2 or len(test_ids) < 1:
+            raise DataError(f"{name}: too few clips, {len(train_ids)} to train on and "
+                            f"{len(test_ids)} to test on: at least 2 and 1 are needed")
+    return folds
 
 
 def random_init_encoder(path, num_frames, num_heads=None):

@@ -44,6 +44,14 @@ def write_video(path, frames=40, codec="libx264", pix_fmt="yuv420p", width=64, h
     return path
 
 
+def stream_video(path, frames=40):
+    """An .mkv as a live stream is written: its header has no duration."""
+    with open(path, "wb") as file:
+        unseekable = type("Pipe", (), {"write": lambda self, part: file.write(part)})
+        write_video(unseekable(), frames, container_format="matroska")
+    return path
+
+
 def frame_indices(clip, shade=6):
     """The frames of write_video in a clip (T, H, W, 3), recognised by their right half's gray."""
     return [round(float(frame[:, -frame.shape[1] // 4:].mean()) / shade) for frame in clip]

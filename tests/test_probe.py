@@ -312,17 +312,20 @@ def test_extracted_features_give_the_same_table(split, probed, videos, tmp_path,
     means = probe.main(probe.parse_args([*table, "--features", "means.npz"]))
     del directly["class"]["attentive"]  # needs tokens
     assert means == directly
+    with pytest.raises(ValueError, match="means.npz: 0 tokens per clip, .*: extract with --tokens"):
+        probe.main(probe.parse_args([*table, "--features", "means.npz", "--probes", "attentive"]))
     with pytest.raises(ValueError, match="--features cannot be combined with --checkpoint"):
         probe.main(probe.parse_args([*common, "--features", "means.npz"]))
 
 
 @pytest.mark.parametrize("flags, says", [
-    ([], "run train.py"), (["--checkpoint", "no.pt"], "no.pt: no such checkpoint"),
+    ([], "run train.py"), (["--probes"], "--probes: name at least one of attentive, linear, knn"),
+    (["--checkpoint", "no.pt"], "no.pt: no such checkpoint"),
     (PUBLISHED[:2], "num_heads"), ([*PUBLISHED, "--data", "gone.csv"], "gone.csv: no such file"),
     ([*PUBLISHED, "--segments", "2"], "synthetic clips cannot be combined")])
 def test_bad_input_is_one_clear_line_and_nothing_is_left(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((CheckpointError, DataError)) as error:
+    with pytest.raises((CheckpointError, DataError, ValueError)) as error:
         probe.main(probe.parse_args([*flags, "--out", "results"]))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

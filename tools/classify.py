@@ -88,6 +88,9 @@ def main(arguments=None):
         raise CheckpointError(f"{file}: names {len(classes)} classes, but has {num_classes}")
     folder = Path(config.out or (path if path.is_dir() else path.parent))
     splits = open_clips(data, **clip_options, train=False).splits
+    if config.split not in ("test", "val", *splits):
+        raise DataError(f"--split {config.split} is not one of test, val, nor of the splits of "
+                        f"{' '.join(data)}")
     split = next((name for name in (config.split, "val") if name in splits), None)
     dataset = open_clips(data, **clip_options, **protocol, split=split, train=False,
                          classes=classes if task == "class" else None)

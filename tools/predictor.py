@@ -17,7 +17,7 @@ import argparse
 import csv
 import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,8 @@ SURPRISE_CLIPS = 500
 MARKERS = {"disc": "o", "ring": "o", "square": "s", "frame": "s", "triangle": "^", "plus": "P",
            "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)], "ell": "$L$"}
 HOLLOW = ("ring", "frame")
+NO_PAST = ("its clips are a single time step, so nothing can be predicted from earlier ones: train "
+           "with more --num-frames or a smaller --tubelet-size")
 
 
 def random_tokens(low, high, count, rows, generator):
@@ -274,15 +276,22 @@ def main(arguments=None):
 
     if given.every is not None and not given.surprise:
         parser.error("--every is for --surprise")
+    if given.surprise and "split" in given:
+        parser.error("--split is not for --surprise, which takes all clips")
+    if source.split == "leave-one-group-out":
+        parser.error("--split leave-one-group-out is not for read-outs, which are trained once")
 
     path, encoder, data, clip_options, _ = open_source(source)
     config, device = load_checkpoint(path).get("config", {}), next(encoder.parameters()).device
     if config.get("method", train.Config.method) != train.Config.method:
-        raise ValueError(f"{path}: a run of {config['method']}: only those of train.py have a "
-                         "predictor of features")
+        raise ValueError(f"{path}: a run of {config['method']}: this tool is for runs of "
+                         "train.py, whose mask samplers it builds")
     model = load_vjepa(path).eval().to(device)
     folder = Path(source.out or (path if path.is_dir() else path.parent))
+    has_past = model.encoder.grid[0] > 1
     if given.surprise:
+        if not has_past:
+            raise ValueError(f"{path}: {NO_PAST}")
         dataset = open_clips(data, **clip_options, train=False)
         dataset = dataset if given.every is None else Windows(dataset, given.every)
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,12 +313,17 @@ def main(arguments=None):
               f"target {row['target']:.3f}, chance {1 / len(test_set.class_names[task]):.3f}")
     if test_set.name == "synthetic":
         draw_readouts(model, samplers[0], test_set, [0, 1], readouts, folder / "readouts.png")
+    if test_set.name == "synthetic" and not has_past:
+        print(f"no surprise.png: {NO_PAST}")
+    elif test_set.name == "synthetic":
         results["surprise"] = measure_surprise(model, test_set, range(SURPRISE_CLIPS),
                                                folder / "surprise.png")
         for event, row in results["surprise"].items():
             print(f"{event:10} more surprising than other clips as they are (AUC) {row['auc']:.3f},"
                   f" than the same clip {row['pairs']:.3f}")
-    (folder / "predictor.json").write_text(json.dumps(results, indent=1) + "\n")
+    made_with = asdict(source) | {"checkpoint": str(path), "data": data}
+    (folder / "predictor.json").write_text(
+        json.dumps({"made_with": made_with, **results}, indent=1) + "\n")
     print(f"written to {folder}/")
     return results
 

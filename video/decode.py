@@ -452,8 +452,9 @@ def denormalize(clips):
 
 
 def describe(path):
-    """Format, height, width, seconds and number of frames (0: unknown) of a file, by its header:
-    ("h264, 30 frames/s", 48, 64, 2.5, 75). Raises DataError if its header is unreadable."""
+    """Format, height, width, seconds and number of frames of a file, by its header or, if that does
+    not tell, counted: ("h264, 30 frames/s", 48, 64, 2.5, 75); an image lasts 0 seconds. Raises
+    DataError if its header is unreadable."""
     path = os.fspath(path)
     try:
         if is_still(path):
@@ -464,11 +465,12 @@ def describe(path):
         with _open(path) as container:
             stream = _video_stream(container)
             first, last, interval = _header_span(container, stream)
-            frames = round((last - first) / interval) + 1 if interval else 0
-            seconds = float((last - first + interval) * stream.time_base)
-            if _lacks_times(container, stream):
+            if not interval or _lacks_times(container, stream):
                 frames, seconds = count_frames(path)
                 seconds *= frames
+            else:
+                frames = round((last - first) / interval) + 1
+                seconds = float((last - first + interval) * stream.time_base)
             rate = f"{frames / seconds:.4g} frames/s" if seconds else "frame rate unknown"
             return (f"{stream.codec_context.name}, {rate}", stream.height, stream.width, seconds,
                     frames)

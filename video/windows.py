@@ -2,11 +2,12 @@
 
 import copy
 import math
+from contextlib import suppress
 
 import torch
 from torch.utils.data import Dataset
 
-from video.decode import Batch, DataError, describe, read_clip
+from video.decode import Batch, DataError, describe, is_still, read_clip
 
 
 class Windows(Dataset):
@@ -27,13 +28,12 @@ class Windows(Dataset):
         self.class_names = clips.class_names
         self.windows = []  # (index of the file, second and frame of the beginning)
         for file, path in enumerate(clips.paths):
-            try:
-                *_, seconds, frames = describe(path)
-            except DataError:  # it is reported when it is read
-                seconds, frames = 1, 1
-            if not seconds:
+            if is_still(path):
                 raise DataError(f"{path}: has no frame rate, which --every needs")
-            rate = frames / seconds
+            seconds = frames = 0
+            with suppress(DataError):  # it is reported when it is read
+                *_, seconds, frames = describe(path)
+            rate = frames / seconds if frames else 1
             step = rate / clips.fps if clips.fps else clips.frame_step  # frames of the file
             latest = max(0, frames - 1 - (clips.num_frames - 1) * step)
             self.windows += [(file, i * every, round(i * every * rate))

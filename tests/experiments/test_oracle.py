@@ -26,3 +26,10 @@ def test_noise_and_masks_with_less_context_make_pixels_harder_to_predict():
     assert 0.3 < short < long < 1 and short < noisy < 1
     tube, = oracle_losses(replace(TINY, masking="tube"), 6)
     assert short < tube < 1
+
+
+def test_the_mask_ratio_is_that_of_tubes_and_leaves_multi_block_masks_as_they_are():
+    config = replace(TINY, mask_ratio=0.75)
+    assert oracle_losses(config, 2) == oracle_losses(TINY, 2)
+    (few,), (many,) = (oracle_losses(replace(c, masking="tube"), 2) for c in (config, TINY))
+    assert few < many

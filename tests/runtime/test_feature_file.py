@@ -42,6 +42,8 @@ def test_clips_are_split_as_open_splits_does(tmp_path, capsys):
         folds("leave-one-group-out")
     with pytest.raises(DataError, match="--split abc is not one of .* splits of a.npz"):
         folds("abc")
+    with pytest.raises(DataError, match="a.npz: too few clips, 1 to train on and 5 to"):
+        folds("val", split=["train"] + ["val"] * 5)
 
 
 @pytest.mark.parametrize("content, says", [

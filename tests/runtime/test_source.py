@@ -103,6 +103,19 @@ def test_without_a_test_split_a_third_of_each_class_is_held_out(tmp_path, capsys
     assert "every third clip is held out. If several clips are from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names, says", [
+    (["a/1.png"], "0 to train on and 1 to test on"),
+    (["a/1.png", "b/1.png"], "1 to train on and 1 to test on"),
+    (["train/a/1.png", "val/a/1.png", "val/b/1.png"], "1 to train on and 2 to test on")])
+def test_too_few_clips_to_train_on_are_an_error(names, says, tmp_path):
+    write_small_images(tmp_path, names)
+    with pytest.raises(DataError, match=f"{tmp_path}: too few clips, {says}: at least 2"):
+        open_splits([str(tmp_path)], "test", CLIP)
+    if len(names) == 1:
+        with pytest.raises(DataError, match="1 to train on and 1 to test on"):
+            open_splits([str(tmp_path)], "test", CLIP, [str(tmp_path)])
+
+
 def write_groups(folder):
     write_small_images(folder, [f"{i}.png" for i in range(9)])
     lines = ["path,label,group", *(f"{i}.png,{i % 2},g{i // 2}" for i in range(9))]
@@ -166,6 +179,9 @@ def test_test_data_may_be_elsewhere_and_must_have_the_classes_of_the_training_da
     assert train.protocol == (1, 1) and test.protocol == (1, 3)
     with pytest.raises(DataError, match=r"c.txt:2: label 2 is not among the 2 classes"):
         open_splits([a], "test", CLIP, [c])
+    with pytest.raises(DataError, match="b.txt: has labels of class, but the training clips, "
+                                        "synthetic, of motion, appearance: pass --data, too"):
+        open_splits(["synthetic"], "test", CLIP, [b])
 
 
 def test_synthetic_clips_have_their_own_test_split():

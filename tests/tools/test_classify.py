@@ -127,7 +127,9 @@ def test_a_label_that_the_probe_does_not_know_ends_with_one_line_and_no_tracebac
     (["--probe", "gone.pt"], "gone.pt: no such checkpoint"),
     (["--probe", ENCODER], "has no 'classifier'"), (["--probe", ""], "holds no probe: pass --pr"),
     (["--data", "gone.csv"], "gone.csv: no such"),
-    (["--data", "synthetic", "--views", "2"], "synthetic clips")])
+    (["--data", "synthetic", "--views", "2"], "synthetic clips"),
+    (["--split", "tset"], "--split tset is not one of test, val, nor of the splits of synthetic"),
+    (["--split", "leave-one-group-out"], "--split leave-one-group-out is not one of test, val")])
 def test_bad_input_is_one_clear_line(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((CheckpointError, DataError), match=says) as error:

@@ -67,7 +67,10 @@ def test_a_run_is_read_and_surprised_and_both_are_drawn(tmp_path, monkeypatch, c
     monkeypatch.setattr("video.synthetic.Synthetic.splits", {"train": 80, "val": 8, "test": 16})
     monkeypatch.setattr(predictor, "SURPRISE_CLIPS", 8)
     results = predictor.main(["--out", "out"])
-    assert json.loads((tmp_path / "out/predictor.json").read_text()) == results
+    content = json.loads((tmp_path / "out/predictor.json").read_text())
+    made_with = content.pop("made_with")
+    assert (made_with["checkpoint"], made_with["data"]) == ("runs/run", ["synthetic"])
+    assert content == results
     assert results["readouts"].keys() == {"motion", "appearance"}
     assert results["surprise"].keys() == {"switch", "reverse", "freeze", "jump"}
     for name in ("readouts.png", "surprise.png"):
@@ -82,10 +85,19 @@ def test_labelled_video_is_read_only(videos, tmp_path, monkeypatch):
     assert not list((tmp_path / "runs/run").glob("readouts.png"))
 
 
-def test_a_method_without_predicted_features_is_an_error(tmp_path, monkeypatch):
+def test_a_run_of_another_method_is_an_error(tmp_path, monkeypatch):
     train_here(tmp_path, monkeypatch, "--steps", "1", module=mae)
-    with pytest.raises(ValueError, match="a run of mae: only those of train.py have a predictor"):
+    with pytest.raises(ValueError, match="a run of mae: this tool is for runs of train.py"):
         predictor.main([])
+
+
+def test_a_single_time_step_has_no_past_to_be_surprised_by(tmp_path, monkeypatch, capsys):
+    train_here(tmp_path, monkeypatch, "--steps", "1", "--tubelet-size", "4")
+    monkeypatch.setattr("video.synthetic.Synthetic.splits", {"train": 80, "val": 8, "test": 16})
+    assert predictor.main([]).keys() == {"readouts"}
+    assert "no surprise.png: its clips are a single time step" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="runs/run: its clips are a single time step"):
+        predictor.main(["--surprise"])
 
 
 def test_the_surprise_of_videos_needs_no_labels(tmp_path, monkeypatch, capsys):
@@ -105,7 +117,9 @@ def test_the_surprise_of_videos_needs_no_labels(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["surprise.csv"]
 
 
-@pytest.mark.parametrize("flags", [["--workers", "-2"], ["--clips", "3"], ["--every", "2"]])
+@pytest.mark.parametrize("flags", [
+    ["--workers", "-2"], ["--clips", "3"], ["--every", "2"], ["--split", "val", "--surprise"],
+    ["--split", "leave-one-group-out"]])
 def test_flags_that_make_no_sense_exit_with_2(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         predictor.main(flags)

@@ -1,7 +1,7 @@
 import pytest
 
 from data import DataError, open_clips
-from tests.conftest import frame_indices, open_small, write_images, write_video
+from tests.conftest import frame_indices, open_small, stream_video, write_images, write_video
 from video.windows import Windows
 
 
@@ -15,9 +15,11 @@ def folder(tmp_path):
     return tmp_path / "videos"
 
 
+@pytest.mark.parametrize("name", ["a/long.mp4", "live.mkv"])
 @pytest.mark.parametrize("pace", [{}, {"fps": 15.0}])
-def test_clips_begin_every_so_many_seconds_and_end_within_the_file(folder, pace):
-    clips = Windows(open_small(folder / "a", train=False, **pace), every=0.3)
+def test_clips_begin_every_so_many_seconds_and_end_within_the_file(folder, name, pace):
+    stream_video(folder / "live.mkv")
+    clips = Windows(open_small(folder / name, train=False, **pace), every=0.3)
     batch = clips.batch(range(len(clips)))
     found = [frame_indices(clip.permute(1, 2, 3, 0).numpy()) for clip in batch.clips]
     assert found == [[start, start + 2, start + 4, start + 6] for start in (0, 9, 18, 27)]
