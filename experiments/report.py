@@ -104,7 +104,9 @@ def run_table(table, runs, trials):
     rows = []
     for row, command in table.runs.items():
         accuracies = [cell(values_of(runs, row, column)) for column in table.accuracies]
-        others = [values_of(runs, row, column) for column in table.others]
+        # A single step has neither a lowest loss nor an end.
+        others = [values_of(runs, row, column) if column == "seconds" or UNTRAINED not in command
+                  else [] for column in table.others]
         rows.append([row, f"`{command}`", *accuracies,
                      *(f"{statistics.mean(values):,.4g}" if values else "-" for values in others),
                      rate_cell(row, command, runs, trials), str(len(runs[run_of(row)]["seed"]))])
@@ -153,9 +155,10 @@ def introduction(made_by, tables):
         "**Accuracies on frozen features of 1,000 test clips, mean +- standard deviation over "
         "seeds**, for 8 motions and 8 appearances of synthetic clips, by attentive and linear "
         "probes with all 2,000 labels or a fraction of them. *Seconds* are CPU seconds of "
-        "training, the *lowest loss* is the lowest mean over 50 steps (1 is that of predicting all "
-        "pixels as 0; `python -m experiments.oracle` prints what can be reached), the *gradient "
-        "norm* is that of the encoder, over the last 50 steps. Accuracies of k-NN probes are in "
+        "training, the *lowest loss* is the lowest mean over 50 steps (of methods that predict "
+        "pixels, 1 is that of predicting 0; `python -m experiments.oracle` prints what can be "
+        "reached; the losses of other methods are not comparable), the *gradient norm* is that of "
+        "the encoder, over the last 50 steps. Accuracies of k-NN probes are in "
         "[results.csv](ablations/results.csv).",
         "**How to read the verdicts.** A difference of means has its 95 % interval beside it: "
         "Welch's t-test, over pretraining seeds, on the same test clips. `agree` and `disagree` "
