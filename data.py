@@ -177,7 +177,7 @@ class VideoClips(Dataset):
 
     def augmented(self, epoch, flip=True):
         """The same evaluation clips with a random crop of each, 8 to 100 % of the area, and a flip
-        of every other one: a function of (seed, epoch, sample id). For training a probe (paper,
+        of half of them: a function of (seed, epoch, sample id). For training a probe (paper,
         appendix D). flip=False is for classes that tell left from right."""
         clips = copy.copy(self)
         clips.augmentation, clips.flip = epoch, flip
