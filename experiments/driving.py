@@ -7,7 +7,7 @@ whose names begin with a number, or videos. They are cut into clips of 16 frames
 clips.csv, all clips but those of the test recordings, to pretrain on; and pan.csv, the clips in
 which the picture clearly moves to the left or to the right, each of them forwards and backwards:
 played backwards, a clip shows the same frames and moves the other way, so that no single frame
-reveals the label.
+reveals the label. With --remove-mean each clip's mean frame is subtracted from it.
 """
 
 import argparse
@@ -78,6 +78,12 @@ def measure_shift(clip, reach=10):
     return shifts[np.argmin(differences, axis=0)].mean() / width
 
 
+def remove_mean(clip):
+    """Twice the difference from the clip's mean frame, on grey: what stands still disappears."""
+    clip = clip.astype(np.float32)
+    return (128 + 2 * (clip - clip.mean(0))).round().clip(0, 255).astype(np.uint8)
+
+
 def write_video(path, clip):
     """(T, H, W, 3) uint8, of even height and width -> a video file."""
     with av.open(str(path), "w") as container:
@@ -100,6 +106,8 @@ def main(arguments=None):
     parser.add_argument("recordings", type=Path, help="a folder for each recording")
     parser.add_argument("--val", nargs="*", default=[], help="recordings to choose settings on")
     parser.add_argument("--test", nargs="*", default=[], help="recordings to test on")
+    parser.add_argument("--remove-mean", action="store_true",
+                        help="subtract its mean frame from each clip, so that motion remains")
     parser.add_argument("--out", type=Path, default=Path("driving"), help="a new folder")
     args = parser.parse_args(arguments)
 
@@ -117,10 +125,12 @@ def main(arguments=None):
         split = ("test" if recording in args.test else "val" if recording in args.val else "train")
         for clip in find_clips(args.recordings / recording, bad):
             clip = clip[:, :clip.shape[1] // 2 * 2, :clip.shape[2] // 2 * 2]  # for the encoder
+            shift = measure_shift(clip)
+            if args.remove_mean:
+                clip = remove_mean(clip)
             name = f"{len(clips):05}.mp4"
             write_video(temporary / name, clip)
             clips.append([name, recording, split])
-            shift = measure_shift(clip)
             if abs(shift) > CLEAR:
                 write_video(temporary / f"backwards-{name}", clip[::-1])
                 ways = ("right", "left") if shift > 0 else ("left", "right")

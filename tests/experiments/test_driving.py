@@ -60,6 +60,18 @@ def test_recordings_become_clips_and_lists(tmp_path, capsys):
     assert "1 files that cannot be read" in printed.err and "damaged.mp4" in printed.err
 
 
+def test_without_its_mean_what_stands_still_is_grey_and_backwards_shows_the_same_frames(tmp_path):
+    out = tmp_path / "out"
+    driving.main([write_recordings(tmp_path / "in"), "--remove-mean", "--out", str(out)])
+    moving, still = (read_clip(out / f"0000{number}.mp4", 16, 1).astype(int) for number in (0, 2))
+    assert abs(still - 128).max() < 4 and abs(moving - 128).mean() > 20
+    assert abs(moving.mean(0) - 128).mean() < 12  # but for differences that had to be clipped
+    pans = read_list(out / "pan.csv")
+    assert [row["label"] for row in pans[:2]] == ["right", "left"]  # measured before
+    backwards = read_clip(out / pans[1]["path"], 16, 1).astype(int)
+    assert abs(moving[::-1] - backwards).mean() < 8 < abs(moving - backwards).mean()
+
+
 def test_an_unknown_recording_is_an_error_and_nothing_is_written(tmp_path):
     recordings = write_recordings(tmp_path / "in")
     with pytest.raises(DataError, match="no recording named d"):
