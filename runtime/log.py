@@ -186,7 +186,8 @@ def draw_curves(run_dir, num_classes):
     panels = [  # title, columns, and levels to compare them with
         ("loss", ["loss"], {}),
         ("std of features", ["std_clips", "std_tokens"], {"warning of collapse": STD_FLOOR}),
-        ("k-NN accuracy", [f"knn_{task}" for task in num_classes],
+        ("k-NN accuracy" if num_classes else "k-NN accuracy: no labels",
+         [f"knn_{task}" for task in num_classes],
          {f"chance, 1/{n}": 1 / n for n in num_classes.values()}),
         ("loss / that of the best constant", ["relative_loss"], {"content is not used": 1}),
         ("effective rank of features", ["rankme"], {}),
